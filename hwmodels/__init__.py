@@ -1,0 +1,1 @@
+"""What the hardware can do: devices, memory levels, clusters. Imports nothing else of ours."""

@@ -1,0 +1,1 @@
+"""How long it takes and what to choose: estimates, memory, steps, planners."""

@@ -1,0 +1,1 @@
+"""Optimisation problems over plans, one formulation a file."""

@@ -1,0 +1,1 @@
+"""Model architectures: read from a config, counted, unrolled into ops."""

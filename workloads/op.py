@@ -1,0 +1,127 @@
+"""What every computation offers: counts as a function of fast memory, and a program as proof."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hwmodels.dtypes import DType, dtype
+from hwmodels.errors import InputError
+from workloads.machine import Machine
+from workloads.numeric import Num, any_true, as_num, minimum
+from workloads.work import Work
+
+Arrays = Mapping[str, NDArray[np.float64]]
+
+
+def checked_size(owner: str, name: str, value: object) -> Num:
+    """A whole number of at least 1 (or an array of them); `*_frac` a number in [0, 1]."""
+    try:
+        number = as_num(value)
+    except (TypeError, ValueError):
+        raise InputError(f"{owner}: {name} = {value!r} is not a number") from None
+    if name.endswith("_frac"):
+        good = (number >= 0) & (number <= 1)
+        rule = "a fraction in [0, 1]"
+    else:
+        good = (number >= 1) & (number == np.floor(number)) & (number < 2**52)
+        rule = "a whole number from 1 to 2**52"
+    if any_true(np.logical_not(good)):
+        shown = value if np.ndim(number) == 0 else np.asarray(number)[~np.asarray(good)][0]
+        raise InputError(f"{owner}: {name} = {shown} must be {rule}")
+    return number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Op(ABC):
+    """One computation: its shape and number format as fields, its counts as functions.
+
+    Number-valued fields are sizes (checked on construction: whole, at least 1) and may be
+    arrays; all arrays of an op broadcast together, and so do all its counts.
+    """
+
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if "Num" in str(f.type):
+                if type(value) is int and 1 <= value < 2**52:
+                    continue  # the common case, kept cheap
+                object.__setattr__(self, f.name, checked_size(self.name, f.name, value))
+            elif "DType" in str(f.type) and isinstance(value, str):
+                object.__setattr__(self, f.name, dtype(value))
+        self.check()
+
+    def check(self) -> None:  # noqa: B027  (an optional hook, empty by intent)
+        """Refuse impossible combinations of fields by raising `InputError`."""
+
+    @abstractmethod
+    def tiling(self, fast_bytes: Num) -> Mapping[str, Num]:
+        """Tile sizes chosen for a fast memory of that size; raises `InputError` if none fits."""
+
+    @abstractmethod
+    def work(self, fast_bytes: Num) -> Work:
+        """Everything the op counts when tiled for a fast memory of that size."""
+
+    @abstractmethod
+    def compulsory_bytes(self) -> Num:
+        """Each input read once and each output written once."""
+
+    def io_lower_bound_bytes(self, fast_bytes: Num) -> Num:
+        """Bytes no schedule with that fast memory can avoid moving.
+
+        The compulsory traffic unless the op's literature proves more.
+        """
+        return self.compulsory_bytes()
+
+    def min_flops(self) -> Mapping[DType, Num]:
+        """Matrix flops that the result needs whatever the tiling (no masked-out tile parts)."""
+        return self.work(float(2**52)).tensor_flops
+
+    def over(self, **changes: object) -> Self:
+        """The same op with some fields replaced, arrays welcome: `op.over(len_q=lengths)`."""
+        known = {f.name for f in dataclasses.fields(self)}
+        for key in changes:
+            if key not in known:
+                raise InputError(
+                    f"{self.name} has no field '{key}'; it has {', '.join(sorted(known))}"
+                )
+        return dataclasses.replace(self, **changes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProvedOp(Op):
+    """An op whose closed form is backed by a program that counts itself."""
+
+    @abstractmethod
+    def inputs(self, rng: np.random.Generator) -> Arrays:
+        """Random inputs for scalar fields, as the program and the reference take them."""
+
+    @abstractmethod
+    def reference(self, inputs: Arrays) -> Arrays:
+        """The naive computation in float64: the truth the program is compared with."""
+
+    @abstractmethod
+    def program(self, machine: Machine, inputs: Arrays) -> Arrays:
+        """The algorithm itself, run on a `Machine` that counts; needs scalar fields."""
+
+
+def require_fit(name: str, fast_bytes: Num, needed_bytes: Num, what: str) -> None:
+    """Raise `InputError` where fast memory cannot hold even the smallest tile."""
+    if any_true(np.greater(needed_bytes, fast_bytes)):
+        raise InputError(
+            f"{name}: a fast memory of {float(np.min(fast_bytes)):.0f} bytes cannot hold {what} "
+            f"({float(np.max(needed_bytes)):.0f} bytes); give it more or make the op smaller"
+        )
+
+
+def share(total: Num, limit: Num) -> Num:
+    """A tile of at most `limit` that is no larger than the dimension."""
+    return minimum(total, limit)
