@@ -165,8 +165,8 @@ def matches(path: str, pattern: str) -> bool:
     True
     """
     start, star, end = pattern.partition("*")
-    if not star:
-        return path == pattern
     if "*" in end or "?" in pattern or "[" in pattern:
         return fnmatchcase(path, pattern)
+    if not star:
+        return path == pattern
     return len(path) >= len(pattern) - 1 and path.startswith(start) and path.endswith(end)
