@@ -2,21 +2,24 @@
 
 This file holds the *bound* rung, the roofline with every memory level:
 
-    t_tensor  = sum over formats of tensor_flops / rate        (vector units where no tensor path)
+    t_tensor  = sum over formats of min_flops / rate           (vector units where no tensor path)
     t_vector  = vector_flops / fp32 rate                       (same resource as the above)
     t_special = special_ops / special-function rate
     t_level   = bytes across the boundary above the level / bandwidth of the level
     lower_s   = max over resources,  upper_s = sum over resources
 
-The bytes of a level are what the op moves when its fast memory is the next faster level: HBM
-bytes with an L2-sized fast memory, L2 bytes with one SM's shared memory, shared-memory bytes with
-one SM's registers. Source: Williams et al. 2009 (roofline), extended to a hierarchy as by Ilic et
-al. 2014 (cache-aware roofline). Ignored: launch latency, occupancy, waves, ramps, clock droop; so
-a cold kernel is never faster than `lower_s`, and a real one is slower.
+The bytes of a level are what the op moves when its fast memory is what lies above that level: HBM
+bytes with an L2-sized fast memory, L2 bytes with one SM's shared memory and registers together
+(kernels fill both: operands here, accumulators there), shared-memory bytes with one SM's
+registers. Flops are those the result needs: a kernel's tiles may compute masked parts besides,
+but another tiling need not. Source: Williams et al. 2009 (roofline), extended to a hierarchy as
+by Ilic et al. 2014 (cache-aware roofline). Ignored: launch latency, occupancy, waves, ramps, clock
+droop; so a cold kernel is never faster than `lower_s`, and a real one is slower.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -24,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwmodels.device import Device, MemoryLevel
-from hwmodels.dtypes import FP32
+from hwmodels.dtypes import FP32, DType
 from hwmodels.errors import UnsupportedError
 from workloads.numeric import Num, maximum
 from workloads.op import Op
@@ -114,10 +117,14 @@ def estimate(op: Op, *, on: Device) -> Estimate:
     level_bytes: dict[str, Num] = {}
     unrated: list[str] = []
     work: Work | None = None
-    for fast, slow in zip(on.memory[:-1], on.memory[1:], strict=True):
-        work_here = op.work(fast.capacity_bytes)
+    # What one SM holds for itself: registers, shared memory, Blackwell's tensor memory.
+    private_bytes = float(on.sm.tensor_memory_bytes or 0)
+    for fast, slow in itertools.pairwise(on.memory):
+        private = fast.num_units > 1
+        private_bytes += fast.capacity_bytes if private else 0.0
+        work_here = op.work(private_bytes if private else fast.capacity_bytes)
         level_bytes[slow.name] = work_here.bytes
-        if work is None or fast.num_units > 1:
+        if work is None or private:
             work = work_here
         if slow.bytes_per_s is None:
             unrated.append(slow.name)
@@ -125,7 +132,7 @@ def estimate(op: Op, *, on: Device) -> Estimate:
             seconds[slow.name] = work_here.bytes / slow.bytes_per_s
     if work is None:
         raise UnsupportedError(f"{on.id} has a single memory level; a roofline needs two")
-    compute, unrated_units, notes = compute_seconds(work, on)
+    compute, unrated_units, notes = compute_seconds(work, op.min_flops(), on)
     return Estimate(
         op=op,
         device=on,
@@ -139,13 +146,13 @@ def estimate(op: Op, *, on: Device) -> Estimate:
 
 
 def compute_seconds(
-    work: Work, on: Device
+    work: Work, tensor_flops: Mapping[DType, Num], on: Device
 ) -> tuple[dict[str, Num], tuple[str, ...], tuple[str, ...]]:
     """Seconds on tensor, vector and special-function units; what has no rate; notes."""
     seconds: dict[str, Num] = {}
     unrated: list[str] = []
     notes: list[str] = []
-    for dtype, flops in work.tensor_flops.items():
+    for dtype, flops in tensor_flops.items():
         rate, unit = on.matmul_rate_flops_per_s(dtype)
         seconds[unit] = seconds.get(unit, 0.0) + flops / rate
         if unit == "vector":

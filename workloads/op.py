@@ -54,6 +54,8 @@ class Op(ABC):
             if "Num" in str(f.type):
                 if type(value) is int and 1 <= value < 2**52:
                     continue  # the common case, kept cheap
+                if value is None and "None" in str(f.type):
+                    continue
                 object.__setattr__(self, f.name, checked_size(self.name, f.name, value))
             elif "DType" in str(f.type) and isinstance(value, str):
                 object.__setattr__(self, f.name, dtype(value))

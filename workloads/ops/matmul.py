@@ -122,15 +122,19 @@ class Matmul(ProvedOp):
 
     def program(self, machine: Machine, inputs: Arrays) -> Arrays:
         """The tiled loops of the chosen dataflow, one kernel for the whole batch."""
-        tiles = {key: int(v) for key, v in self.tiling(machine.fast_bytes).items()}
         a = machine.place(inputs["a"], self.dtype)
         b = machine.place(inputs["b"], self.dtype)
         c = machine.empty((int(self.batch), int(self.m), int(self.n)), self.written_dtype)
+        self.run(machine, a, b, c)
+        return {"c": c.values}
+
+    def run(self, machine: Machine, a: SlowArray, b: SlowArray, c: SlowArray) -> None:
+        """One kernel: c[batch, m, n] = a[batch, m, k] b[batch, k, n], all in slow memory."""
+        tiles = {key: int(v) for key, v in self.tiling(machine.fast_bytes).items()}
         run = {C_STAYS: self._c_stays, A_STAYS: self._a_stays, B_STAYS: self._b_stays}
         with machine.kernel():
             for i in range(int(self.batch)):
                 run[tiles["dataflow"]](machine, tiles, i, a, b, c)
-        return {"c": c.values}
 
     def _c_stays(
         self, mc: Machine, t: Mapping[str, int], i: int, a: SlowArray, b: SlowArray, c: SlowArray

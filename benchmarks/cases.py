@@ -1,0 +1,129 @@
+"""What is timed, against what, and the bar each case is held to (reported, never asserted)."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hwmodels import catalog
+from simulator.estimate import estimate
+from simulator.memory import training_memory
+from simulator.planners.parallelism import plan_parallelism, plan_space
+from simulator.recipe import RECIPES
+from simulator.step import training_step
+from workloads.models.config import load_hf_config
+from workloads.models.transformer import train_step
+from workloads.ops.matmul import Matmul
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One timed call, the baseline beside it, and the bar in seconds per call.
+
+    `units` is how many answers one call gives, for the rate.
+    """
+
+    name: str
+    run: Callable[[], object]
+    baseline_name: str
+    baseline: Callable[[], object]
+    bar_s: float
+    units: int = 1
+    repeat: int = 5
+
+
+def command(*arguments: str) -> Callable[[], object]:
+    """A whole process, as a user starts it."""
+    return lambda: subprocess.run(
+        [*arguments], cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+
+def ridgeplan(*arguments: str) -> Callable[[], object]:
+    """The console script beside this interpreter."""
+    return command(str(Path(sys.executable).parent / "ridgeplan"), *arguments)
+
+
+def plain_roofline(m: object, n: object, k: object) -> object:
+    """The textbook roofline of a bf16 product on an H100: two divisions and a maximum."""
+    flops, moved = 2 * m * n * k, 2 * (m * k + k * n + m * n)  # type: ignore[operator]
+    return np.maximum(flops / 989.4e12, moved / 3.352e12)
+
+
+def cases() -> list[Case]:
+    """All cases, in the order they are reported."""
+    h100 = catalog.device("h100-sxm")
+    one = Matmul(m=4096, n=4096, k=4096)
+    rng = np.random.default_rng(0)
+    m, n, k = (rng.integers(1, 32768, 1_000_000).astype(np.float64) for _ in range(3))
+    python = command(sys.executable, "-c", "pass")
+    return [
+        Case(
+            name="ridgeplan --help",
+            run=ridgeplan("--help"),
+            baseline_name="python -c pass",
+            baseline=python,
+            bar_s=0.3,
+        ),
+        Case(
+            name="ridgeplan estimate (one op)",
+            run=ridgeplan(
+                "estimate", "matmul", "--device", "h100-sxm", "-p", "m=4k", "-p", "n=4k",
+                "-p", "k=4k",
+            ),
+            baseline_name="python -c pass",
+            baseline=python,
+            bar_s=0.8,
+        ),
+        Case(
+            name="estimate, one shape",
+            run=lambda: [estimate(one, on=h100).lower_s for _ in range(1000)],
+            baseline_name="plain roofline, one shape",
+            baseline=lambda: [plain_roofline(4096, 4096, 4096) for _ in range(1000)],
+            bar_s=1000 * 100e-6,
+            units=1000,
+        ),
+        Case(
+            name="estimate, 1,000,000 shapes in one call",
+            run=lambda: estimate(Matmul(m=m, n=n, k=k), on=h100).lower_s,
+            baseline_name="plain roofline, same shapes",
+            baseline=lambda: plain_roofline(m, n, k),
+            bar_s=2.0,
+            units=1_000_000,
+            repeat=3,
+        ),
+        plan_case(),
+    ]  # fmt: skip
+
+
+def plan_case() -> Case:
+    """At least 100,000 feasible plans: their memory and their step, in one call."""
+    step = train_step(load_hf_config(ROOT / "examples/llama3-70b.json"), len_seq=8192,
+                      global_batch=27_648)  # fmt: skip
+    cluster, recipe = catalog.cluster("hgx-h200", nodes=576), RECIPES["bf16"]
+    space = plan_space(step, on=cluster)
+    memory = training_memory(step, plan=space, recipe=recipe)
+    feasible = int(np.sum(np.asarray(memory.total) <= 0.92 * cluster.device.hbm.capacity_bytes))
+    single = plan_parallelism(step, on=cluster).plan
+    return Case(
+        name=f"plan search, {feasible:,} feasible plans of {np.size(memory.total):,}",
+        run=lambda: plan_parallelism(step, on=cluster, recipe=recipe),
+        baseline_name="one plan at a time, scaled to as many",
+        baseline=lambda: [
+            (
+                training_memory(step, plan=single, recipe=recipe),
+                training_step(step, plan=single, on=cluster, recipe=recipe).seconds,
+            )
+            for _ in range(20)
+        ],
+        bar_s=10.0 * feasible / 100_000,
+        units=feasible,
+        repeat=3,
+    )

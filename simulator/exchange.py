@@ -1,0 +1,100 @@
+"""Which collectives one layer and one step need under a plan: who talks to whom, how much.
+
+Ranks lie innermost first: tensor, context, (expert within data x context), data, pipeline. So
+tensor groups have stride 1, context and data groups stride tp, expert groups stride tp, the
+replicas of one expert stride tp * ep, pipeline neighbours stride tp * cp * dp.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hwmodels.cluster import Cluster
+from simulator.network import estimate_collective
+from workloads.models.config import LatentAttention, TransformerConfig
+from workloads.models.parameters import heads_per_rank
+from workloads.numeric import Num, ceil_div
+from workloads.ops.collective import Collective
+from workloads.plan import Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exchange:
+    """`forward` times a collective in the forward pass of a layer, `backward` in its backward."""
+
+    piece: str
+    collective: Collective
+    stride: Num
+    forward: Num
+    backward: Num
+
+    def seconds(self, *, on: Cluster) -> tuple[Num, Num]:
+        """Bound-rung seconds in the forward and in the backward pass."""
+        once = estimate_collective(self.collective, on=on, stride=self.stride).lower_s
+        return self.forward * once, self.backward * once
+
+
+TENSOR, CONTEXT, EXPERT = "tensor parallel", "context parallel", "expert parallel"
+
+
+def layer_exchanges(
+    cfg: TransformerConfig, kind: str, *, len_seq: Num, plan: Plan, element_bytes: float
+) -> tuple[Exchange, ...]:
+    """Collectives of one layer for one micro-batch.
+
+    Tensor parallel with sequence parallelism (Korthikanti et al. 2022, section 4.2.2): each of
+    the two blocks gathers its input and scatters its output, and the same again for gradients.
+    Context parallel ring (Liu et al. 2023, arXiv 2310.01889): K and V pass cp - 1 neighbours;
+    backward passes them again with their gradients. Experts: tokens go out and come back through
+    all-to-all, and so do their gradients.
+    """
+    tokens = plan.micro_batch * ceil_div(len_seq, plan.cp)
+    hidden_bytes = tokens * cfg.hidden_dim * element_bytes
+    found = [
+        Exchange(
+            piece=TENSOR,
+            collective=Collective(kind=kind_of, num_bytes=hidden_bytes, num_ranks=plan.tp),
+            stride=1,
+            forward=2,
+            backward=2,
+        )
+        for kind_of in ("all_gather", "reduce_scatter")
+    ]
+    kv_bytes = tokens * kv_elements_per_token(cfg, plan.tp) * element_bytes
+    found.append(
+        Exchange(
+            piece=CONTEXT,
+            collective=Collective(kind="send_recv", num_bytes=kv_bytes, num_ranks=plan.cp),
+            stride=plan.tp,
+            forward=plan.cp - 1,
+            backward=2 * (plan.cp - 1),
+        )
+    )
+    if kind == "moe" and cfg.moe is not None:
+        routed = ceil_div(tokens, plan.tp) * cfg.moe.num_active * cfg.hidden_dim * element_bytes
+        found.append(
+            Exchange(
+                piece=EXPERT,
+                collective=Collective(kind="all_to_all", num_bytes=routed, num_ranks=plan.ep),
+                stride=plan.tp,
+                forward=2,
+                backward=2,
+            )
+        )
+    return tuple(found)
+
+
+def kv_elements_per_token(cfg: TransformerConfig, tp: Num = 1) -> Num:
+    """K and V elements one layer keeps per token on one tensor-parallel rank.
+
+    Latent attention keeps its latent, whole on every rank.
+
+    >>> from workloads.models.config import load_hf_config
+    >>> kv_elements_per_token(load_hf_config("examples/llama3-8b.json"))
+    2048
+    """
+    spec = cfg.attention
+    if isinstance(spec, LatentAttention):
+        return spec.latent_dim
+    _, kv_heads = heads_per_rank(spec.num_heads, spec.num_kv_heads, tp)
+    return 2 * kv_heads * spec.head_dim

@@ -1,0 +1,94 @@
+"""Seconds of one collective on a cluster of link levels: the bandwidth bound with known latencies.
+
+A group of n ranks, `stride` ranks apart, has m_i = min(n, size_i / stride) members inside one
+group of level i, so k_i = m_i / m_(i-1) parties meet at level i. All-reduce, all-gather,
+reduce-scatter and broadcast run hierarchically: level i handles a 1 / m_(i-1) share of the buffer
+between k_i parties, every accelerator on its own link. All-to-all is flat: level i carries what is
+addressed beyond level i-1. Levels work at the same time in `lower_s` and one after another in
+`upper_s`; a hop costs the level's `latency_s` where one is published and nothing where none is.
+Protocols, chunking and contention are ignored: links run at wire rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hwmodels.cluster import Cluster, LinkLevel
+from workloads.numeric import Num, floor, maximum, minimum, where
+from workloads.ops.collective import Collective
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CollectiveEstimate:
+    """Seconds of a collective by link level; broadcasts over the collective's arrays."""
+
+    seconds_by_level: Mapping[str, Num]
+
+    @property
+    def lower_s(self) -> Num:
+        """All levels busy at once: the slowest one."""
+        longest: Num = 0.0
+        for t in self.seconds_by_level.values():
+            longest = maximum(longest, t)
+        return longest
+
+    @property
+    def upper_s(self) -> Num:
+        """One level after another."""
+        return sum(self.seconds_by_level.values(), start=0.0)
+
+    @property
+    def seconds(self) -> Num:
+        """The rung's answer; on the bound rung, `lower_s`."""
+        return self.lower_s
+
+
+def estimate_collective(
+    collective: Collective, *, on: Cluster, stride: Num = 1
+) -> CollectiveEstimate:
+    """Bound-rung seconds of `collective` over ranks that lie `stride` apart on `on`.
+
+    >>> from hwmodels import catalog
+    >>> node = catalog.cluster("dgx-a100-80gb")
+    >>> ring = Collective(kind="all_reduce", num_bytes=2**30, num_ranks=8)
+    >>> round(estimate_collective(ring, on=node).lower_s * 1e3, 2)  # 2 * 7/8 * 2**30 / 300e9
+    6.26
+    """
+    seconds: dict[str, Num] = {}
+    inside: Num = 1
+    for index, level in enumerate(on.levels):
+        last = index == len(on.levels) - 1
+        reach = collective.num_ranks if last else maximum(floor(level.size / stride), 1)
+        members = minimum(collective.num_ranks, reach)
+        seconds[level.name] = _level_seconds(collective, level, inside, members)
+        inside = members
+    return CollectiveEstimate(seconds_by_level=seconds)
+
+
+def _level_seconds(collective: Collective, level: LinkLevel, inside: Num, members: Num) -> Num:
+    """Seconds at one level, where groups of `inside` ranks become groups of `members`."""
+    n, size = collective.num_ranks, collective.num_bytes
+    parties = members / inside
+    bandwidth = level.bytes_per_s / level.oversubscription
+    if collective.kind == "all_to_all":
+        wire = size * (members - inside) / n
+        hops: Num = where(parties > 1, 1, 0)
+    elif collective.kind == "send_recv":
+        # The peer is `stride` away: the level that first spans two members carries the buffer.
+        crosses = (inside == 1) & (members > 1)
+        wire, hops = where(crosses, size, 0.0), where(crosses, 1, 0)
+    else:
+        part = Collective(
+            kind=collective.kind,
+            num_bytes=size / inside,
+            num_ranks=parties,
+            algorithm=collective.algorithm,
+        )
+        wire, hops = part.wire_bytes(), part.num_steps()
+        if collective.kind == "all_reduce" and level.in_network_reduction:
+            in_switch = Collective(
+                kind="all_reduce", num_bytes=size / inside, num_ranks=parties, algorithm="nvls"
+            )
+            wire = minimum(wire, in_switch.wire_bytes())
+    return wire / bandwidth + hops * (level.latency_s or 0.0)

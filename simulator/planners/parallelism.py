@@ -1,0 +1,340 @@
+"""Which plan trains or serves a model fastest: every plan of a stated space, evaluated at once.
+
+Space: all (dp, tp, pp, cp, ep, micro-batch, interleave, recompute, ZeRO stage) with
+
+    dp tp pp cp = number of accelerators                                                   (1)
+    tp divides the query heads and stays inside the innermost link level                   (2)
+    pp <= L; interleave v > 1 needs pp > 1, pp v | L and pp | m                             (3)
+    cp is a power of two that divides the new tokens of a sequence                         (4)
+    ep divides the experts and dp cp                                                       (5)
+    training: dp micro-batch | global batch, so that m micro-batches are whole             (6)
+    serving: dp pp | batch, one slot of sequences per replica and stage; v = 1, ZeRO 0     (7)
+    ZeRO 2 and 3 only without a pipeline: a stage would exchange for every micro-batch     (8)
+
+minimise the step's seconds subject to total bytes <= budget. The space is enumerated, so its best
+is proven and `gap_frac` is 0. Ties go to the plan with the smaller `upper_s`, then to the simpler
+one. Selective recomputation drops attention scores, which fused attention never stores: it is not
+searched.
+
+    Implemented in: `meshes` (1, 2, 4, 5), `_schedules` (3, 6, 8), `_slots` (7),
+    `plan_parallelism` (objective and budget).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Final, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hwmodels.cluster import Cluster
+from hwmodels.errors import InfeasibleError, InputError
+from simulator.memory import MemoryEstimate, inference_memory, training_memory
+from simulator.recipe import RECIPES, Recipe
+from simulator.step import StepEstimate, inference_step, training_step
+from workloads.models.config import TransformerConfig
+from workloads.models.transformer import DECODE, Inference, TrainStep
+from workloads.numeric import Array
+from workloads.plan import Plan, Recompute
+
+Step: TypeAlias = TrainStep | Inference
+Mesh: TypeAlias = tuple[int, int, int, int, int]
+
+MAX_MICRO_BATCH: Final = 16
+MAX_INTERLEAVE: Final = 8
+
+DEFAULT_HBM_FRAC: Final = 0.92
+"""Share of the device memory a plan may fill: the rest is left to the driver's context, the
+communication library's buffers and fragmentation. An assumption, shown with every answer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One feasible plan with its step and its memory."""
+
+    plan: Plan
+    step: StepEstimate
+    memory: MemoryEstimate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanChoice:
+    """The best plan, the runners-up (the best of every other mesh), and the whole search.
+
+    `gap_frac` bounds how much faster any plan of the space could be: 0, all were evaluated.
+    `feasible`, `seconds` and `total_bytes` hold every plan that fits, fastest first.
+    """
+
+    cluster: Cluster
+    recipe: Recipe
+    budget_bytes: float
+    best: Candidate
+    runners_up: tuple[Candidate, ...]
+    num_evaluated: int
+    feasible: Plan
+    seconds: Array
+    total_bytes: Array
+    gap_frac: float = 0.0
+
+    @property
+    def plan(self) -> Plan:
+        """The best plan."""
+        return self.best.plan
+
+    @property
+    def num_feasible(self) -> int:
+        """Plans that fit the budget."""
+        return self.seconds.size
+
+    @property
+    def lower_bound_s(self) -> float:
+        """No plan of the space has a smaller sum of pieces."""
+        return float(self.best.step.seconds) * (1 - self.gap_frac)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Evaluator:
+    """How plans of one question are priced."""
+
+    memory: Callable[[Plan], MemoryEstimate]
+    step: Callable[[Plan], StepEstimate]
+
+    def candidate(self, plan: Plan) -> Candidate:
+        return Candidate(plan=plan, step=self.step(plan), memory=self.memory(plan))
+
+
+def plan_parallelism(
+    step: Step,
+    *,
+    on: Cluster,
+    recipe: Recipe = RECIPES["bf16"],
+    hbm_frac: float = DEFAULT_HBM_FRAC,
+    num_runners_up: int = 4,
+    pins: Mapping[str, int] | None = None,
+) -> PlanChoice:
+    """Evaluate the whole space; raise `InfeasibleError` with the way out where nothing fits.
+
+    For serving, `step.batch` is the number of sequences on the whole cluster. `pins` keeps only
+    plans with the given field values ({'tp': 8}).
+    """
+    if not 0 < hbm_frac <= 1:
+        raise InputError(f"HBM fraction {hbm_frac:g} must lie in (0, 1]")
+    budget = on.device.hbm.capacity_bytes * hbm_frac
+    evaluator = _evaluator(step, on, recipe)
+    space = _pinned(plan_space(step, on=on), pins or {})
+    memory = evaluator.memory(space)
+    fits = np.flatnonzero(np.asarray(memory.total) <= budget)
+    if not fits.size:
+        raise InfeasibleError(_why_nothing_fits(step, space, memory, budget, on, recipe))
+    feasible, total = select(space, fits), np.asarray(memory.total)[fits]
+    priced = evaluator.step(feasible)
+    order = _ranked(feasible, np.asarray(priced.seconds), np.asarray(priced.upper_s))
+    chosen = [
+        evaluator.candidate(feasible.at(index))
+        for index in _best_of_each_mesh(feasible, order, 1 + num_runners_up)
+    ]
+    return PlanChoice(
+        cluster=on,
+        recipe=recipe,
+        budget_bytes=budget,
+        best=chosen[0],
+        runners_up=tuple(chosen[1:]),
+        num_evaluated=np.size(memory.total),
+        feasible=select(feasible, order),
+        seconds=np.asarray(priced.seconds)[order],
+        total_bytes=total[order],
+    )
+
+
+def _evaluator(step: Step, on: Cluster, recipe: Recipe) -> _Evaluator:
+    if isinstance(step, TrainStep):
+        return _Evaluator(
+            memory=lambda plan: training_memory(step, plan=plan, recipe=recipe),
+            step=lambda plan: training_step(step, plan=plan, on=on, recipe=recipe),
+        )
+
+    def slot(plan: Plan) -> Inference:
+        return replace(step, batch=step.batch / (plan.dp * plan.pp))
+
+    return _Evaluator(
+        memory=lambda plan: inference_memory(slot(plan), plan=plan, recipe=recipe),
+        step=lambda plan: inference_step(slot(plan), plan=plan, on=on, recipe=recipe),
+    )
+
+
+def plan_space(step: Step, *, on: Cluster) -> Plan:
+    """Every plan of the space as one array-valued Plan."""
+    len_new = int(step.len_seq if isinstance(step, TrainStep) else step.len_new)
+    schedules = _schedules if isinstance(step, TrainStep) else _slots
+    rows = [
+        row for mesh in meshes(step.config, on=on, len_new=len_new) for row in schedules(mesh, step)
+    ]
+    if not rows:
+        raise InfeasibleError(_why_no_plan(step, on))
+    columns = np.asarray(rows, dtype=np.float64).T
+    return Plan(**{f.name: c for f, c in zip(fields(Plan), columns, strict=True)})
+
+
+def meshes(cfg: TransformerConfig, *, on: Cluster, len_new: int) -> Iterator[Mesh]:
+    """(dp, tp, pp, cp, ep) with dp tp pp cp = the cluster's accelerators."""
+    total = on.num_accelerators
+    inner = int(min(on.levels[0].size, total, cfg.attention.num_heads))
+    num_experts = cfg.moe.num_experts if cfg.moe else 1
+    for tp in (t for t in _divisors(total) if t <= inner and cfg.attention.num_heads % t == 0):
+        for pp in (p for p in _divisors(total // tp) if p <= cfg.num_layers):
+            for cp in (c for c in _divisors(total // (tp * pp)) if _power_of_two(c)):
+                if len_new % cp:
+                    continue
+                dp = total // (tp * pp * cp)
+                for ep in _divisors(math.gcd(num_experts, dp * cp)):
+                    yield dp, tp, pp, cp, ep
+
+
+def _schedules(mesh: Mesh, step: Step) -> Iterator[tuple[int, ...]]:
+    """Training: the mesh with every micro-batch, interleave, recompute mode and ZeRO stage."""
+    assert isinstance(step, TrainStep)
+    dp, _, pp, cp, _ = mesh
+    batch, num_layers = int(step.global_batch), step.config.num_layers
+    if batch % dp:
+        return
+    zero_stages = (0,) if dp * cp == 1 else (0, 1) if pp > 1 else (0, 1, 2, 3)
+    modes = (int(Recompute.NONE), int(Recompute.FULL))
+    for micro in (b for b in _divisors(batch // dp) if b <= MAX_MICRO_BATCH):
+        num_micro = batch // (dp * micro)
+        chunks = [1]
+        if pp > 1 and num_micro % pp == 0:
+            chunks += [v for v in range(2, MAX_INTERLEAVE + 1) if num_layers % (pp * v) == 0]
+        for v, mode, zero in itertools.product(chunks, modes, zero_stages):
+            yield (*mesh, micro, v, mode, zero)
+
+
+def _slots(mesh: Mesh, step: Step) -> Iterator[tuple[int, ...]]:
+    """Serving: the mesh, if the batch fills every slot alike; cp only where a prompt is read."""
+    assert isinstance(step, Inference)
+    dp, _, pp, cp, _ = mesh
+    batch = int(step.batch)
+    if batch % (dp * pp) or (cp > 1 and step.phase == DECODE):
+        return
+    yield (*mesh, batch // (dp * pp), 1, int(Recompute.NONE), 0)
+
+
+def why_slower(candidate: Candidate, best: Candidate) -> str:
+    """What the candidate pays for, against the best plan: its worst pieces, or its worst case."""
+    total = float(candidate.step.seconds) - float(best.step.seconds)
+    if total <= 1e-3 * float(best.step.seconds):
+        worst = float(candidate.step.upper_s) - float(best.step.upper_s)
+        if worst > 0:
+            return f"as fast if all overlaps, +{worst:.3g} s if nothing does"
+        return "as fast, but less simple"
+    losses = {
+        piece: float(seconds) - float(best.step.seconds_by_piece.get(piece, 0.0))
+        for piece, seconds in candidate.step.seconds_by_piece.items()
+    }
+    worst_two = sorted(losses, key=lambda k: -losses[k])[:2]
+    return ", ".join(f"{k} +{losses[k]:.3g} s" for k in worst_two if losses[k] > 0.1 * total)
+
+
+def select(plans: Plan, index: NDArray[np.intp]) -> Plan:
+    """The plans at those positions."""
+    return Plan(**{f.name: np.asarray(getattr(plans, f.name))[index] for f in fields(Plan)})
+
+
+def _pinned(plans: Plan, pins: Mapping[str, int]) -> Plan:
+    """The plans that have the pinned values."""
+    names = [f.name for f in fields(Plan)]
+    keep = np.ones(np.shape(plans.dp), dtype=bool)
+    for name, value in pins.items():
+        if name not in names:
+            raise InputError(f"a plan has no '{name}'; pin one of {', '.join(names)}")
+        keep &= np.asarray(getattr(plans, name)) == value
+    if not keep.any():
+        wanted = ", ".join(f"{k}={v}" for k, v in pins.items())
+        raise InfeasibleError(f"no plan of the space has {wanted}; loosen a pin")
+    return select(plans, np.flatnonzero(keep))
+
+
+def _ranked(
+    plans: Plan, seconds: NDArray[np.float64], upper_s: NDArray[np.float64]
+) -> NDArray[np.intp]:
+    """Fastest first; equal to a part in 1e9, the smaller upper bound, then the simpler plan."""
+    simpler = (plans.interleave, plans.ep, plans.cp, plans.pp, plans.tp)
+    leaner = (plans.zero_stage, plans.recompute)
+    keys = (*simpler, *leaner, _rounded(upper_s), _rounded(seconds))
+    return np.lexsort(tuple(np.asarray(k) for k in keys))
+
+
+def _rounded(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Nine significant digits, so that the order of additions breaks no tie."""
+    scale: NDArray[np.float64] = 10.0 ** (8 - np.floor(np.log10(np.maximum(values, 1e-30))))
+    return np.round(values * scale) / scale
+
+
+def _best_of_each_mesh(plans: Plan, order: NDArray[np.intp], count: int) -> Iterator[int]:
+    seen: set[tuple[float, ...]] = set()
+    axes = [np.asarray(a) for a in (plans.dp, plans.tp, plans.pp, plans.cp, plans.ep)]
+    for index in order:
+        mesh = tuple(float(a[index]) for a in axes)
+        if mesh not in seen:
+            seen.add(mesh)
+            yield int(index)
+            if len(seen) == count:
+                return
+
+
+def _why_no_plan(step: Step, on: Cluster) -> str:
+    if isinstance(step, TrainStep):
+        what = f"global batch {int(step.global_batch)} and sequence {int(step.len_seq)}"
+    else:
+        what = f"batch {int(step.batch)}"
+    return (
+        f"no plan divides {what} over {on.num_accelerators} accelerators; choose a batch with "
+        "more divisors, or another number of nodes"
+    )
+
+
+def _why_nothing_fits(
+    step: Step, space: Plan, memory: MemoryEstimate, budget: float, on: Cluster, recipe: Recipe
+) -> str:
+    """The leanest plan and what would make it fit."""
+    totals = np.asarray(memory.total)
+    leanest = space.at(int(np.argmin(totals)))
+    parts = _evaluator(step, on, recipe).memory(leanest).bytes_by_part
+    largest = max(parts, key=lambda k: float(parts[k]))
+    text = (
+        f"no plan of {step.config.name} fits {on.num_accelerators} x {on.device.id}: the leanest "
+        f"({leanest}) needs {totals.min() / 2**30:.1f} GiB per accelerator of a budget of "
+        f"{budget / 2**30:.1f} GiB, mostly {largest} ({float(parts[largest]) / 2**30:.1f} GiB)"
+    )
+    nodes = _nodes_that_fit(step, budget, on, recipe)
+    if nodes:
+        return f"{text}; it fits on {nodes} nodes"
+    return f"{text}; shorten the sequence, shrink the batch or choose a device with more memory"
+
+
+def _nodes_that_fit(step: Step, budget: float, on: Cluster, recipe: Recipe) -> int | None:
+    """The first doubling of the cluster, up to 64 times, on which some plan fits."""
+    for factor in (2, 4, 8, 16, 32, 64):
+        if on.max_accelerators and on.num_accelerators * factor > on.max_accelerators:
+            return None
+        larger = replace(on, num_nodes=on.num_nodes * factor)
+        try:
+            space = plan_space(step, on=larger)
+        except InfeasibleError:
+            continue
+        memory = _evaluator(step, larger, recipe).memory(space)
+        if np.any(np.asarray(memory.total) <= budget):
+            return larger.num_nodes
+    return None
+
+
+def _divisors(number: int) -> list[int]:
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return small + [number // d for d in reversed(small) if d * d != number]
+
+
+def _power_of_two(number: int) -> bool:
+    return number & (number - 1) == 0

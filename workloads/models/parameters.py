@@ -1,0 +1,334 @@
+"""How many parameters a transformer has, exactly: by part, in use per token, and per rank.
+
+One set of formulas serves the whole model and one rank of it: a weight that tensor parallelism
+splits is written with its shard, and the whole model is the case tp = 1. Split by columns: q, k,
+v, the widening half of an MLP, the embedding and the head by vocabulary. Split by rows: the
+attention's output and the narrowing half of an MLP, whose biases every rank keeps. Kept whole:
+norms, learned positions, the router, the latent down-projections of latent attention. What does
+not divide is padded to the next whole shard, and a K/V head is copied where tp exceeds their
+number (Shoeybi et al. 2019, arXiv 1909.08053, and Megatron-LM's layout since).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from hwmodels.errors import InputError
+from workloads.models.config import LatentAttention, Moe, TransformerConfig
+from workloads.numeric import Num, ceil_div, where
+from workloads.plan import Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerParameters:
+    """Parameters of one layer by part; arrays where the plan is one."""
+
+    attention: Num = 0
+    mlp: Num = 0
+    router: Num = 0
+    experts: Num = 0
+    shared_experts: Num = 0
+    norms: Num = 0
+
+    @property
+    def total(self) -> Num:
+        """All parts."""
+        blocks = self.attention + self.mlp + self.router + self.experts
+        return blocks + self.shared_experts + self.norms
+
+    @property
+    def dense(self) -> Num:
+        """All but the routed experts: what data parallelism replicates over dp * cp."""
+        return self.total - self.experts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParameterCount:
+    """Parameters of a whole model by part.
+
+    `head` is 0 where the embedding is tied. `active` leaves out the experts a token did not
+    choose and nothing else: the embedding, the head and the norms are in it. `dense_layer` and
+    `moe_layer` are one layer of either kind, None where the model has none.
+    """
+
+    embedding: int
+    positions: int
+    attention: int
+    mlp: int
+    router: int
+    experts: int
+    shared_experts: int
+    norms: int
+    head: int
+    idle_experts: int
+    dense_layer: LayerParameters | None
+    moe_layer: LayerParameters | None
+
+    @property
+    def layers(self) -> int:
+        """Everything inside the layers, and the final norm."""
+        blocks = self.attention + self.mlp + self.router + self.experts
+        return blocks + self.shared_experts + self.norms
+
+    @property
+    def embedding_and_head(self) -> int:
+        """Token embedding, learned positions, output projection."""
+        return self.embedding + self.positions + self.head
+
+    @property
+    def total(self) -> int:
+        """All parameters, a tied matrix once."""
+        return self.layers + self.embedding_and_head
+
+    @property
+    def active(self) -> int:
+        """Parameters that one token's forward pass uses."""
+        return self.total - self.idle_experts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageParameters:
+    """Parameters that one rank of a pipeline stage holds.
+
+    `dense` is replicated over dp * cp ranks, `experts` over dp * cp / ep: what ZeRO may shard.
+    """
+
+    dense: Num
+    experts: Num
+
+    @property
+    def total(self) -> Num:
+        """Both."""
+        return self.dense + self.experts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Projection:
+    """One weight matrix of [k, n] on one rank, with a bias of n where it has one."""
+
+    name: str
+    k: Num
+    n: Num
+    bias: bool = False
+
+    @property
+    def num_parameters(self) -> Num:
+        """Weights and bias."""
+        return (self.k + self.bias) * self.n
+
+
+def heads_per_rank(num_heads: int, num_kv_heads: int, tp: Num) -> tuple[Num, Num]:
+    """Query heads and K/V heads of one tensor-parallel rank.
+
+    K/V heads are padded to whole heads (one copy per rank where tp is larger than their number),
+    query heads to whole groups of equal size.
+
+    >>> heads_per_rank(32, 8, 4), heads_per_rank(32, 8, 16), heads_per_rank(32, 8, 3)
+    ((8, 2), (2, 1), (12, 3))
+    """
+    kv = ceil_div(num_kv_heads, tp)
+    return ceil_div(ceil_div(num_heads, tp), kv) * kv, kv
+
+
+def attention_projections(cfg: TransformerConfig, tp: Num = 1) -> dict[str, Projection]:
+    """The matrices of one attention block on one of `tp` ranks, q, k and v as one.
+
+    Latent attention: `q_a` and `kv_a` make the latents, `q_b` and `kv_b` expand them per head;
+    a full-rank query is `q_b` alone.
+    """
+    spec, hidden = cfg.attention, cfg.hidden_dim
+    q, kv = heads_per_rank(spec.num_heads, spec.num_kv_heads, tp)
+    if not isinstance(spec, LatentAttention):
+        qkv = Projection(name="qkv", k=hidden, n=(q + 2 * kv) * spec.head_dim, bias=spec.qkv_bias)
+        out = Projection(name="out", k=q * spec.head_dim, n=hidden, bias=spec.out_bias)
+        return _by_name(qkv, out)
+    rank, bias = spec.q_lora_rank, spec.bias
+    expanded = q * (spec.qk_nope_head_dim + spec.v_head_dim)
+    matrices = [
+        Projection(name="q_b", k=rank or hidden, n=q * spec.head_dim),
+        Projection(name="kv_a", k=hidden, n=spec.latent_dim, bias=bias),
+        Projection(name="kv_b", k=spec.kv_lora_rank, n=expanded),
+        Projection(name="out", k=q * spec.v_head_dim, n=hidden, bias=bias),
+    ]
+    if rank:
+        matrices.insert(0, Projection(name="q_a", k=hidden, n=rank, bias=bias))
+    return _by_name(*matrices)
+
+
+def mlp_projections(
+    cfg: TransformerConfig, ffn_dim: int, tp: Num = 1, *, bias: bool = False
+) -> dict[str, Projection]:
+    """`up` (gate and up side by side where gated) and `down` of one block, on one of `tp` ranks."""
+    width = ceil_div(ffn_dim, tp)
+    widening = 2 if cfg.mlp.gated else 1
+    return _by_name(
+        Projection(name="up", k=cfg.hidden_dim, n=widening * width, bias=bias),
+        Projection(name="down", k=width, n=cfg.hidden_dim, bias=bias),
+    )
+
+
+def _by_name(*matrices: Projection) -> dict[str, Projection]:
+    return {matrix.name: matrix for matrix in matrices}
+
+
+def _parameters(matrices: dict[str, Projection]) -> Num:
+    return _sum(matrix.num_parameters for matrix in matrices.values())
+
+
+def _weights(matrices: dict[str, Projection]) -> Num:
+    return _sum(matrix.k * matrix.n for matrix in matrices.values())
+
+
+def _sum(values: Iterable[Num]) -> Num:
+    return sum(values, start=0)
+
+
+def _inner_norms(cfg: TransformerConfig) -> int:
+    """Norms inside an attention block: over each head of q and k, or over the latents."""
+    spec = cfg.attention
+    if isinstance(spec, LatentAttention):
+        return (spec.q_lora_rank or 0) + spec.kv_lora_rank
+    return 2 * spec.head_dim * spec.qk_norm
+
+
+def layer_parameters(
+    cfg: TransformerConfig, kind: str, tp: Num = 1, ep: Num = 1
+) -> LayerParameters:
+    """One layer of a kind, 'dense' or 'moe', on one rank of tp * ep.
+
+    Llama-3-8B's attention is 4096 (32 + 2 * 8) 128 + 32 * 128 * 4096.
+
+    >>> from workloads.models.config import load_hf_config
+    >>> layer_parameters(load_hf_config("examples/llama3-8b.json"), "dense").attention
+    41943040
+    """
+    moe = moe_of(cfg, kind)
+    attention = _parameters(attention_projections(cfg, tp)) + _inner_norms(cfg)
+    norms = cfg.norms_per_layer * cfg.norm_dim
+    if moe is None:
+        block = mlp_projections(cfg, cfg.mlp.ffn_dim, tp, bias=cfg.mlp.bias)
+        return LayerParameters(attention=attention, mlp=_parameters(block), norms=norms)
+    expert = _parameters(mlp_projections(cfg, moe.expert_ffn_dim, tp))
+    shared = mlp_projections(cfg, moe.shared_ffn_dim, tp) if moe.shared_ffn_dim else {}
+    return LayerParameters(
+        attention=attention,
+        router=moe.num_experts * (cfg.hidden_dim + moe.router_bias),
+        experts=ceil_div(moe.num_experts, ep) * expert,
+        shared_experts=_parameters(shared),
+        norms=norms,
+    )
+
+
+def moe_of(cfg: TransformerConfig, kind: str) -> Moe | None:
+    """The mixture of a layer of that kind, None for a dense one; refuses kinds not in the model."""
+    if kind not in cfg.kinds:
+        raise InputError(f"{cfg.name} has no '{kind}' layers; it has {', '.join(cfg.kinds)}")
+    return cfg.moe if kind == "moe" else None
+
+
+def projection_parameters(cfg: TransformerConfig) -> int:
+    """The matrix between the embedding's width and the hidden size, 0 where they agree."""
+    return cfg.embedding_dim * cfg.hidden_dim if cfg.embedding_dim != cfg.hidden_dim else 0
+
+
+def count_parameters(cfg: TransformerConfig) -> ParameterCount:
+    """Every parameter of the model, by part.
+
+    >>> from workloads.models.config import load_hf_config
+    >>> count_parameters(load_hf_config("examples/llama3-8b.json")).total
+    8030261248
+    """
+    layers = {kind: layer_parameters(cfg, kind) for kind in cfg.kinds}
+
+    def over_layers(part: str) -> int:
+        return int(sum(count * getattr(layers[kind], part) for kind, count in cfg.kinds.items()))
+
+    table, project = cfg.vocab_size * cfg.embedding_dim, projection_parameters(cfg)
+    experts, moe = over_layers("experts"), cfg.moe
+    return ParameterCount(
+        embedding=table + project,
+        positions=cfg.num_positions * cfg.hidden_dim,
+        attention=over_layers("attention"),
+        mlp=over_layers("mlp"),
+        router=over_layers("router"),
+        experts=experts,
+        shared_experts=over_layers("shared_experts"),
+        norms=over_layers("norms") + cfg.final_norm * cfg.norm_dim,
+        head=project + (0 if cfg.tied_embeddings else table),
+        idle_experts=experts // moe.num_experts * (moe.num_experts - moe.num_active) if moe else 0,
+        dense_layer=layers.get("dense"),
+        moe_layer=layers.get("moe"),
+    )
+
+
+def matmul_parameters(cfg: TransformerConfig) -> int:
+    """Weights that one token is multiplied with: projections, chosen experts, the head.
+
+    Left out: norms, biases, positions and the embedding, which is looked up; the head counts
+    where it is tied, too. This is the N of "6 N per token".
+
+    >>> from workloads.models.config import load_hf_config
+    >>> matmul_parameters(load_hf_config("examples/llama3-8b.json"))
+    7504658432
+    """
+    block: dict[str, Num] = {"dense": _weights(mlp_projections(cfg, cfg.mlp.ffn_dim))}
+    if cfg.moe:
+        used = cfg.moe.num_active * _weights(mlp_projections(cfg, cfg.moe.expert_ffn_dim))
+        shared = _weights(mlp_projections(cfg, cfg.moe.shared_ffn_dim))
+        block["moe"] = used + shared + cfg.hidden_dim * cfg.moe.num_experts
+    attention = cfg.num_layers * _weights(attention_projections(cfg))
+    blocks = _sum(count * block[kind] for kind, count in cfg.kinds.items())
+    head = cfg.vocab_size * cfg.embedding_dim + 2 * projection_parameters(cfg)
+    return int(attention + blocks + head)
+
+
+def parameters_per_rank(
+    cfg: TransformerConfig, plan: Plan
+) -> tuple[StageParameters, StageParameters]:
+    """What one rank of the first and of the last pipeline stage holds.
+
+    Every stage is taken to hold ceil(num_layers / pp) layers: the first ones of the model on the
+    first stage, the last ones on the last. The first stage adds the embedding and the positions;
+    the last the final norm and the head, which is a copy of a tied embedding unless both stages
+    are one. Routed experts are split over ep ranks and each of them over tp.
+
+    >>> from workloads.models.config import load_hf_config
+    >>> llama = load_hf_config("examples/llama3-8b.json")
+    >>> first, last = parameters_per_rank(llama, Plan(tp=2, pp=4))
+    >>> first.total == 4 * 2 * 218_112_000 // 2 + 4 * 2 * 4096 + 128256 * 4096 // 2
+    True
+    """
+    num = ceil_div(cfg.num_layers, plan.pp)
+    table = ceil_div(cfg.vocab_size, plan.tp) * cfg.embedding_dim
+    project = projection_parameters(cfg)
+    one_stage = np.equal(plan.pp, 1) if isinstance(plan.pp, np.ndarray) else plan.pp == 1
+    copied = where(one_stage, 0, table) if cfg.tied_embeddings else table
+    head = copied + project + cfg.final_norm * cfg.norm_dim
+    embedding = table + project + cfg.num_positions * cfg.hidden_dim
+    zero = LayerParameters()
+    dense = layer_parameters(cfg, "dense", plan.tp) if cfg.num_dense_layers else zero
+    moe = layer_parameters(cfg, "moe", plan.tp, plan.ep) if cfg.num_moe_layers else zero
+
+    def stage(num_moe: Num, ends: Num) -> StageParameters:
+        return StageParameters(
+            dense=num_moe * moe.dense + (num - num_moe) * dense.total + ends,
+            experts=num_moe * moe.experts,
+        )
+
+    first_moe, last_moe = _moe_layers_among(cfg, num)
+    first = stage(first_moe, embedding + where(one_stage, head, 0))
+    return first, stage(last_moe, head + where(one_stage, embedding, 0))
+
+
+def _moe_layers_among(cfg: TransformerConfig, num: Num) -> tuple[Num, Num]:
+    """MoE layers among the first `num` and among the last `num`."""
+    indices = cfg.moe.layers if cfg.moe else ()
+    start = cfg.num_layers - num
+    if isinstance(num, np.ndarray):
+        first = np.searchsorted(indices, num).astype(np.float64)
+        return first, len(indices) - np.searchsorted(indices, start).astype(np.float64)
+    return bisect_left(indices, num), len(indices) - bisect_left(indices, start)

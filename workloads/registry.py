@@ -1,0 +1,239 @@
+"""The ops by name, and the words people use for their fields. An op is imported when asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from hwmodels.errors import InputError, UnknownNameError
+
+if TYPE_CHECKING:
+    from workloads.op import Op
+
+PROVED: Final = "proved"
+DERIVED: Final = "derived"
+NOT_YET: Final = "not yet"
+
+_SYSTEMS: Final = Path(__file__).parent / "data" / "systems.toml"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where an op lives and what it is, in a line."""
+
+    module: str
+    class_name: str
+    summary: str
+
+
+@dataclass(frozen=True, slots=True)
+class Param:
+    """One field of an op: `kind` is 'length', 'size', 'fraction', 'dtype', 'flag' or 'text'."""
+
+    name: str
+    kind: str
+    required: bool
+    default: object
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """A published system: facts, and the op that models it (empty where none does yet)."""
+
+    id: str
+    title: str
+    family: str
+    paper: str
+    op: str
+
+
+_OPS: Final[Mapping[str, Entry]] = {
+    "matmul": Entry("matmul", "Matmul", "matrix product, tiled, batched"),
+    "softmax": Entry("softmax", "Softmax", "row-wise softmax"),
+    "attention": Entry(
+        "attention", "StandardAttention", "attention that writes its scores to memory"
+    ),
+    "flash_attention_2": Entry("flash_attention", "FlashAttention2", "fused attention, forward"),
+    "flash_attention_2_backward": Entry(
+        "flash_attention", "FlashAttention2Backward", "fused attention, backward"
+    ),
+    "mamba_scan": Entry("selective_scan", "SelectiveScan", "fused selective scan"),
+    "mamba_scan_unfused": Entry(
+        "selective_scan", "SelectiveScanUnfused", "selective scan, states written to memory"
+    ),
+    "fft_convolution": Entry(
+        "fft_convolution", "FFTConvolution", "long convolution through library FFTs"
+    ),
+    "flashfftconv": Entry(
+        "flash_fft_conv", "FlashFFTConv", "long convolution through fused Monarch FFTs"
+    ),
+    "rmsnorm": Entry("norm", "RmsNorm", "root-mean-square normalisation, forward"),
+    "rmsnorm_backward": Entry(
+        "norm", "RmsNormBackward", "root-mean-square normalisation, backward"
+    ),
+    "layernorm": Entry("norm", "LayerNorm", "layer normalisation, forward"),
+    "layernorm_backward": Entry("norm", "LayerNormBackward", "layer normalisation, backward"),
+    "elementwise": Entry("elementwise", "Elementwise", "pointwise map over arrays"),
+    "rope": Entry("rope", "Rope", "rotary position embedding"),
+    "adam_step": Entry("adam", "AdamStep", "fused Adam update of all parameters"),
+    "embedding": Entry("embedding", "Embedding", "table lookup, forward"),
+    "embedding_backward": Entry("embedding", "EmbeddingBackward", "table lookup, backward"),
+}
+
+# A word -> the fields it may mean, best first; an alternative counts when the op has all of it.
+_ALIASES: Final[Mapping[str, Sequence[tuple[str, ...]]]] = {
+    "heads": (("num_heads",),),
+    "kv_heads": (("num_kv_heads",),),
+    "seq": (("len_seq",), ("len_q", "len_kv")),
+    "seq_q": (("len_q",),),
+    "seq_kv": (("len_kv",),),
+    "dim": (("head_dim",), ("dim",), ("cols",)),
+    "channels": (("num_channels",), ("channels",), ("dim",)),
+    "state": (("state_dim",),),
+    "vocab": (("vocab_size",),),
+}
+
+
+def names() -> tuple[str, ...]:
+    """The names of all ops, in catalogue order."""
+    return tuple(_OPS)
+
+
+def resolve(name: str) -> str:
+    """The registered spelling of an op's name; case, hyphens and underscores are the same.
+
+    >>> resolve("Flash-Attention-2")
+    'flash_attention_2'
+    """
+    folded = _fold(name)
+    if folded in _OPS:
+        return folded
+    system = next((s for s in systems() if _fold(s.id) == folded), None)
+    if system is None:
+        known = [*_OPS, *(s.id for s in systems() if s.op)]
+        raise UnknownNameError("op", name, known, "see `ridgeplan systems`")
+    if not system.op:
+        raise InputError(
+            f"{system.id} is listed but not modelled yet; see `ridgeplan systems` for what is"
+        )
+    return system.op
+
+
+def summary(name: str) -> str:
+    """What the op is, in a line."""
+    return _OPS[resolve(name)].summary
+
+
+def op_class(name: str) -> type[Op]:
+    """The class of that name, imported now.
+
+    >>> op_class("MATMUL").__name__
+    'Matmul'
+    """
+    entry = _OPS[resolve(name)]
+    found: type[Op] = getattr(import_module(f"workloads.ops.{entry.module}"), entry.class_name)
+    return found
+
+
+def status(name: str) -> str:
+    """'proved' where a program that counts itself backs the closed form, else 'derived'."""
+    from workloads.op import ProvedOp
+
+    return PROVED if issubclass(op_class(name), ProvedOp) else DERIVED
+
+
+@lru_cache(maxsize=64)
+def params(name: str) -> Mapping[str, Param]:
+    """The fields of an op by name, in the order it states them.
+
+    >>> [p.name for p in params("matmul").values() if p.required]
+    ['m', 'n', 'k']
+    """
+    found = {}
+    for f in dataclasses.fields(op_class(name)):
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        found[f.name] = Param(
+            f.name, _kind(f.name, str(f.type)), required, None if required else f.default
+        )
+    return found
+
+
+def fields_meant(name: str, key: str) -> tuple[str, ...]:
+    """The fields of op `name` that a user's word means: 'heads' is num_heads.
+
+    >>> fields_meant("matmul", "M")
+    ('m',)
+    """
+    known, folded = params(name), _fold(key)
+    if folded in known:
+        return (folded,)
+    for alternative in _ALIASES.get(folded, ()):
+        if all(field in known for field in alternative):
+            return alternative
+    for field in (f"num_{folded}", f"len_{folded}"):
+        if field in known:
+            return (field,)
+    words = [word for word in _ALIASES if any(set(a) <= set(known) for a in _ALIASES[word])]
+    hint = f"it has {', '.join(known)}"
+    raise UnknownNameError(f"{resolve(name)} parameter", key, [*known, *words], hint)
+
+
+def build(name: str, values: Mapping[str, object]) -> Op:
+    """The op with those field values; one error names every required field that is missing.
+
+    >>> build("matmul", {"m": 8, "n": 8, "k": 8}).compulsory_bytes()
+    384.0
+    """
+    missing = [p.name for p in params(name).values() if p.required and p.name not in values]
+    if missing:
+        short = [_short(name, field) for field in missing]
+        shown = " ".join(f"-p {word}=..." for word in dict.fromkeys(short))
+        raise InputError(f"{resolve(name)} needs {', '.join(missing)}; give {shown}")
+    return op_class(name)(**values)
+
+
+@lru_cache(maxsize=1)
+def systems() -> tuple[System, ...]:
+    """The published systems, in catalogue order."""
+    table = tomllib.loads(_SYSTEMS.read_text(encoding="utf-8"))
+    return tuple(System(**entry) for entry in table["system"])
+
+
+def system_status(system: System) -> str:
+    """The status of the op that models the system, or 'not yet'."""
+    return status(system.op) if system.op else NOT_YET
+
+
+def _fold(name: str) -> str:
+    return "_".join(name.casefold().replace("-", " ").replace("_", " ").split())
+
+
+def _kind(field: str, annotation: str) -> str:
+    if "DType" in annotation:
+        return "dtype"
+    if annotation == "bool":
+        return "flag"
+    if annotation in ("str", "str | None"):
+        return "text"
+    if field.endswith("_frac"):
+        return "fraction"
+    return "length" if field.startswith("len_") else "size"
+
+
+def _short(name: str, field: str) -> str:
+    """The shortest word of `_ALIASES` that sets the field, or the field itself."""
+    words = [word for word in _ALIASES if field in _meant_or_nothing(name, word)]
+    return words[0] if words else field
+
+
+def _meant_or_nothing(name: str, word: str) -> tuple[str, ...]:
+    try:
+        return fields_meant(name, word)
+    except UnknownNameError:
+        return ()
