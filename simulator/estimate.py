@@ -90,8 +90,9 @@ class Estimate:
     @property
     def limit_s(self) -> Num:
         """Time no algorithm for this result can beat: minimal flops, or minimal HBM bytes."""
-        above = self.device.memory[-2] if len(self.device.memory) > 1 else self.device.hbm
-        fast = above.capacity_bytes * above.num_units
+        # All that the chip holds together: an accumulator in registers needs no room in the L2.
+        fast = sum(level.capacity_bytes * level.num_units for level in self.device.memory[:-1])
+        fast += (self.device.sm.tensor_memory_bytes or 0) * self.device.num_sms
         bandwidth = rated(self.device, self.device.hbm)
         limit = self.op.io_lower_bound_bytes(fast) / bandwidth
         for dtype, flops in self.op.min_flops().items():

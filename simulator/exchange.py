@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from hwmodels.cluster import Cluster
 from simulator.network import estimate_collective
-from workloads.models.config import LatentAttention, TransformerConfig
+from workloads.models.config import TransformerConfig
 from workloads.models.parameters import heads_per_rank
 from workloads.numeric import Num, ceil_div
 from workloads.ops.collective import Collective
@@ -44,20 +44,25 @@ def layer_exchanges(
 
     Tensor parallel with sequence parallelism (Korthikanti et al. 2022, section 4.2.2): each of
     the two blocks gathers its input and scatters its output, and the same again for gradients.
+    Routed experts are gathered and scattered behind the all-to-all, one row for each expert a
+    token chose (what their ops count), shared experts beside them.
     Context parallel ring (Liu et al. 2023, arXiv 2310.01889): K and V pass cp - 1 neighbours;
     backward passes them again with their gradients. Experts: tokens go out and come back through
     all-to-all, and so do their gradients.
     """
     tokens = plan.micro_batch * ceil_div(len_seq, plan.cp)
     hidden_bytes = tokens * cfg.hidden_dim * element_bytes
+    routed_rows = cfg.moe.num_active if kind == "moe" and cfg.moe else 0
+    block_rows = routed_rows + bool(cfg.moe and cfg.moe.shared_ffn_dim) if routed_rows else 1
     found = [
         Exchange(
             piece=TENSOR,
-            collective=Collective(kind=kind_of, num_bytes=hidden_bytes, num_ranks=plan.tp),
+            collective=Collective(kind=kind_of, num_bytes=hidden_bytes * rows, num_ranks=plan.tp),
             stride=1,
-            forward=2,
-            backward=2,
+            forward=1,
+            backward=1,
         )
+        for rows in (1, block_rows)
         for kind_of in ("all_gather", "reduce_scatter")
     ]
     kv_bytes = tokens * kv_elements_per_token(cfg, plan.tp) * element_bytes
@@ -70,8 +75,8 @@ def layer_exchanges(
             backward=2 * (plan.cp - 1),
         )
     )
-    if kind == "moe" and cfg.moe is not None:
-        routed = ceil_div(tokens, plan.tp) * cfg.moe.num_active * cfg.hidden_dim * element_bytes
+    if routed_rows:
+        routed = ceil_div(tokens, plan.tp) * routed_rows * cfg.hidden_dim * element_bytes
         found.append(
             Exchange(
                 piece=EXPERT,
@@ -85,16 +90,15 @@ def layer_exchanges(
 
 
 def kv_elements_per_token(cfg: TransformerConfig, tp: Num = 1) -> Num:
-    """K and V elements one layer keeps per token on one tensor-parallel rank.
+    """K and V elements of a token that one tensor-parallel rank attends to in one layer.
 
-    Latent attention keeps its latent, whole on every rank.
+    Latent attention has them expanded, head by head: passing the latent instead would expand it
+    again on every rank of the ring, which no op counts.
 
     >>> from workloads.models.config import load_hf_config
     >>> kv_elements_per_token(load_hf_config("examples/llama3-8b.json"))
     2048
     """
     spec = cfg.attention
-    if isinstance(spec, LatentAttention):
-        return spec.latent_dim
     _, kv_heads = heads_per_rank(spec.num_heads, spec.num_kv_heads, tp)
-    return 2 * kv_heads * spec.head_dim
+    return kv_heads * (spec.head_dim + spec.v_head_dim)

@@ -4,7 +4,8 @@ A group of n ranks, `stride` ranks apart, has m_i = min(n, size_i / stride) memb
 group of level i, so k_i = m_i / m_(i-1) parties meet at level i. All-reduce, all-gather,
 reduce-scatter and broadcast run hierarchically: level i handles a 1 / m_(i-1) share of the buffer
 between k_i parties, every accelerator on its own link. All-to-all is flat: level i carries what is
-addressed beyond level i-1. Levels work at the same time in `lower_s` and one after another in
+addressed beyond level i-1. Send-receive shifts a ring: each rank sends to the next, so that some
+rank's buffer crosses every level the ring spans. Levels work at the same time in `lower_s` and one after another in
 `upper_s`; a hop costs the level's `latency_s` where one is published and nothing where none is.
 Protocols, chunking and contention are ignored: links run at wire rate.
 """
@@ -14,8 +15,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from hwmodels.cluster import Cluster, LinkLevel
-from workloads.numeric import Num, floor, maximum, minimum, where
+from hwmodels.errors import UnsupportedError
+from workloads.numeric import Num, any_true, floor, maximum, minimum, where
 from workloads.ops.collective import Collective
 
 
@@ -55,6 +59,12 @@ def estimate_collective(
     >>> round(estimate_collective(ring, on=node).lower_s * 1e3, 2)  # 2 * 7/8 * 2**30 / 300e9
     6.26
     """
+    span, widest = collective.num_ranks * stride, on.levels[-1]
+    if any_true(np.greater(span, widest.size) & np.greater(collective.num_ranks, 1)):
+        raise UnsupportedError(
+            f"{on.id} joins {widest.size:g} accelerators at its widest level, {widest.name}; "
+            f"{collective.kind} spans {float(np.max(span)):g}"
+        )
     seconds: dict[str, Num] = {}
     inside: Num = 1
     for index, level in enumerate(on.levels):
@@ -75,8 +85,7 @@ def _level_seconds(collective: Collective, level: LinkLevel, inside: Num, member
         wire = size * (members - inside) / n
         hops: Num = where(parties > 1, 1, 0)
     elif collective.kind == "send_recv":
-        # The peer is `stride` away: the level that first spans two members carries the buffer.
-        crosses = (inside == 1) & (members > 1)
+        crosses = parties > 1
         wire, hops = where(crosses, size, 0.0), where(crosses, 1, 0)
     else:
         part = Collective(
@@ -90,5 +99,6 @@ def _level_seconds(collective: Collective, level: LinkLevel, inside: Num, member
             in_switch = Collective(
                 kind="all_reduce", num_bytes=size / inside, num_ranks=parties, algorithm="nvls"
             )
+            hops = where(in_switch.wire_bytes() < wire, in_switch.num_steps(), hops)
             wire = minimum(wire, in_switch.wire_bytes())
     return wire / bandwidth + hops * (level.latency_s or 0.0)

@@ -36,8 +36,14 @@ from simulator.network import estimate_collective
 from simulator.recipe import Recipe
 from workloads.models.config import TransformerConfig
 from workloads.models.parameters import parameters_per_rank
-from workloads.models.transformer import Inference, TrainStep, model_flops_forward, optimizer
-from workloads.numeric import Num, ceil_div, maximum, where
+from workloads.models.transformer import (
+    DECODE,
+    Inference,
+    TrainStep,
+    model_flops_forward,
+    optimizer,
+)
+from workloads.numeric import Num, ceil_div, is_scalar, maximum, where
 from workloads.ops.collective import Collective
 from workloads.ops.flash_attention import FlashAttention2, FlashAttention2Backward
 from workloads.plan import Plan, Recompute
@@ -184,7 +190,8 @@ def layer_times(step: TrainStep, *, plan: Plan, on: Cluster, recipe: Recipe) -> 
 def training_step(step: TrainStep, *, plan: Plan, on: Cluster, recipe: Recipe) -> StepEstimate:
     """Bound-rung step time under one plan or an array of them; feasibility is not judged here."""
     cfg = step.config
-    shapes, inverse = distinct_shapes(plan)
+    # Arrays of sequence lengths pair up with the plans: nothing may be reordered then.
+    shapes, inverse = distinct_shapes(plan) if is_scalar(step.len_seq) else (plan, None)
     times = layer_times(step, plan=shapes, on=on, recipe=recipe)
     if inverse is not None:
         times = _take(times, inverse)
@@ -256,9 +263,18 @@ def inference_step(step: Inference, *, plan: Plan, on: Cluster, recipe: Recipe) 
         lower_s=plan.pp * busy.lower_s,
         upper_s=plan.pp * (busy.upper_s + layers * sum(moved.values(), start=0.0)) + sends_s,
         num_tokens=num_tokens,
-        model_flops=model_flops_forward(cfg, step.len_context, num_tokens),
+        model_flops=plan.dp * plan.pp * _forward_flops(step),
         peak_flops_per_s=device.matmul_rate_flops_per_s(recipe.dtype)[0],
     )
+
+
+def _forward_flops(step: Inference) -> Num:
+    """Model flops of one slot: of whole prompts, or of what one more position adds to them."""
+    cfg, length = step.config, step.len_context
+    whole = model_flops_forward(cfg, length, length)
+    if step.phase == DECODE:
+        whole = whole - model_flops_forward(cfg, maximum(length - 1, 1), length - 1)
+    return step.batch * whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -289,6 +305,7 @@ def _pipeline(cfg: TransformerConfig, times: LayerTimes, plan: Plan, num_micro: 
     both_lower = times.embedding.lower_s + times.head.lower_s
     both_upper = times.embedding.upper_s + times.head.upper_s
     slowest = num_layers * layer_s + extra.lower_s
+    idle_layers = (cfg.num_layers - num_layers) / plan.interleave  # the bubble waits for these
     bubble = (cfg.num_layers * layer_s + both_lower - slowest) / plan.interleave
     lower = num_layers * passes.lower_s + extra.lower_s
     upper = num_layers * passes.upper_s + extra.upper_s
@@ -307,7 +324,7 @@ def _pipeline(cfg: TransformerConfig, times: LayerTimes, plan: Plan, num_micro: 
         by_resource={r: num_micro * s for r, s in on_slowest.by_resource.items()},
         forward_s=num_layers * times.forward.lower_s,
         backward_s=num_layers * (times.backward.lower_s + again * times.forward.lower_s),
-        exchange_s=num_micro * num_layers * sum(moved.values(), start=0.0),
+        exchange_s=(num_micro * num_layers + idle_layers) * sum(moved.values(), start=0.0),
         compute_lower_s=num_micro * lower + fill_lower,
         compute_upper_s=num_micro * upper + fill_upper,
     )

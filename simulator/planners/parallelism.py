@@ -3,7 +3,7 @@
 Space: all (dp, tp, pp, cp, ep, micro-batch, interleave, recompute, ZeRO stage) with
 
     dp tp pp cp = number of accelerators                                                   (1)
-    tp divides the query heads and stays inside the innermost link level                   (2)
+    tp divides the query heads and the accelerators of one innermost link group            (2)
     pp <= L; interleave v > 1 needs pp > 1, pp v | L and pp | m                             (3)
     cp is a power of two that divides the new tokens of a sequence                         (4)
     ep divides the experts and dp cp                                                       (5)
@@ -182,9 +182,9 @@ def plan_space(step: Step, *, on: Cluster) -> Plan:
 def meshes(cfg: TransformerConfig, *, on: Cluster, len_new: int) -> Iterator[Mesh]:
     """(dp, tp, pp, cp, ep) with dp tp pp cp = the cluster's accelerators."""
     total = on.num_accelerators
-    inner = int(min(on.levels[0].size, total, cfg.attention.num_heads))
+    inner = math.gcd(int(min(on.levels[0].size, total)), cfg.attention.num_heads)
     num_experts = cfg.moe.num_experts if cfg.moe else 1
-    for tp in (t for t in _divisors(total) if t <= inner and cfg.attention.num_heads % t == 0):
+    for tp in (t for t in _divisors(total) if inner % t == 0):
         for pp in (p for p in _divisors(total // tp) if p <= cfg.num_layers):
             for cp in (c for c in _divisors(total // (tp * pp)) if _power_of_two(c)):
                 if len_new % cp:

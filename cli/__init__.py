@@ -1,0 +1,3 @@
+"""The command line: parse, call, draw, print."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,127 @@
+"""`ridgeplan roofline`: ops under the roofs of their devices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from cli import show
+from cli.quantity import digits, scaled_text, seconds_text
+from cli.questions import OVER_HELP, PARAM_HELP
+from hwmodels.errors import InputError
+
+if TYPE_CHECKING:
+    from cli.questions import Over
+    from cli.roofs import Place, Roofs
+
+MAX_DEVICES: Final = 4
+MAX_POINTS: Final = 400
+"""Values of a sweep that a path can show; more would hide one another."""
+
+
+def roofline(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="One or more ops.")],
+    device: Annotated[
+        list[str], typer.Option("--device", "-d", help="A device; may repeat, a panel each.")
+    ],
+    param: Annotated[
+        list[str] | None, typer.Option("-p", "--param", metavar="KEY=VALUE", help=PARAM_HELP)
+    ] = None,
+    over: Annotated[str | None, typer.Option("--over", metavar="KEY=RANGE", help=OVER_HELP)] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Draw it as one self-contained page.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Draw it: .html, .png, .svg, .pdf.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+) -> None:
+    """Place ops under the roofs of devices: a chart for a slide, or a table."""
+    from cli.charts.picture import asked_for, rendered
+    from cli.files import check_writable, write_all
+    from cli.progress import patience
+    from cli.questions import parse_over
+    from cli.roofs import by_device, place_of, roofs_of
+    from cli.series import ask_all
+    from workloads import registry
+
+    pictures = asked_for(html, out)
+    check_writable(pictures)
+    swept = parse_over(over, [registry.resolve(name) for name in names]) if over else None
+    if swept is not None and len(swept.values) > MAX_POINTS:
+        raise InputError(f"--over has more than {MAX_POINTS} points; take a larger step")
+    series = by_device(ask_all(names, device, param or [], swept))
+    if len(series) > MAX_DEVICES:
+        raise InputError(f"{len(series)} devices in one picture; give at most {MAX_DEVICES}")
+    panels = [
+        (roofs_of(found[0].estimate.device, found), [place_of(s) for s in found])
+        for found in series.values()
+    ]
+    contents: dict[Path, bytes] = {}
+    if pictures:
+        from cli.charts import roofline as chart
+
+        with patience("drawing"):
+            figure = chart.figure(panels, swept)
+            contents = {path: rendered(figure, path.suffix) for path in pictures}
+    write_all(contents)
+    if as_json:
+        _print_json(panels, swept)
+    else:
+        _show(panels, swept)
+        for path in contents:
+            print(f"wrote {path}")
+
+
+def _print_json(panels: Sequence[tuple[Roofs, Sequence[Place]]], over: Over | None) -> None:
+    show.print_json(
+        {
+            "over": None if over is None else {"param": over.key, "values": over.values},
+            "devices": [roofs.document() for roofs, _ in panels],
+            "places": [place.document() for _, places in panels for place in places],
+        }
+    )
+
+
+def _show(panels: Sequence[tuple[Roofs, Sequence[Place]]], over: Over | None) -> None:
+    out = show.console()
+    for roofs, places in panels:
+        out.print(f"{roofs.device.id} ({roofs.device.name})", style="bold")
+        out.print(_roof_table(roofs))
+        out.print(_place_table(places, over))
+    out.print("Rung bound: peaks and lower bounds; real kernels are slower.")
+
+
+def _roof_table(roofs: Roofs) -> object:
+    heads = [f"{c.name} {scaled_text(c.flops_per_s, 'FLOP/s')}" for c in roofs.compute]
+    table = show.table("level", "bandwidth", *heads, right=("bandwidth", *heads))
+    ridges = {(r.level, r.roof): r.flops_per_byte for r in roofs.ridges}
+    for memory in roofs.memory:
+        cells = [f"ridge {digits(ridges[memory.level, c.name])}" for c in roofs.compute]
+        table.add_row(memory.level, scaled_text(memory.bytes_per_s, "B/s"), *cells)
+    return table
+
+
+def _place_table(places: Sequence[Place], over: Over | None) -> object:
+    levels = list(dict.fromkeys(level for place in places for level in place.intensity))
+    swept = [over.key] if over is not None else []
+    numbers = (*swept, *(f"FLOP/{level} byte" for level in levels), "FLOP/s", "time")
+    table = show.table("op", *numbers, "bound", right=numbers)
+    for place in places:
+        for i, value in enumerate(place.series.values):
+            intensity = [
+                digits(float(place.intensity[x][i])) if x in place.intensity else "-"
+                for x in levels
+            ]
+            table.add_row(
+                place.series.op_name,
+                *([f"{value:,}"] if swept else []),
+                *intensity,
+                scaled_text(float(place.flops_per_s[i]), ""),
+                seconds_text(float(place.series.seconds[i])),
+                str(place.series.bound[i]),
+            )
+    return table

@@ -1,0 +1,194 @@
+"""`ridgeplan sweep`: many shapes, several ops or devices."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from cli import show
+from cli.quantity import seconds_text
+from cli.questions import OVER_HELP, PARAM_HELP
+from hwmodels.errors import InputError
+
+if TYPE_CHECKING:
+    from cli.questions import Over
+    from cli.series import Crossover, Series
+
+DEFAULT_DEVICE: Final = "h100-sxm"
+MAX_ROWS: Final = 48
+CHUNK: Final = 10_000
+"""Rows turned into Python objects at a time, so that a million rows stay small in memory."""
+
+
+def sweep(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="One or more ops.")],
+    over: Annotated[str, typer.Option("--over", metavar="KEY=RANGE", help=OVER_HELP)],
+    device: Annotated[
+        list[str] | None,
+        typer.Option("--device", "-d", help=f"A device; may repeat ({DEFAULT_DEVICE})."),
+    ] = None,
+    param: Annotated[
+        list[str] | None, typer.Option("-p", "--param", metavar="KEY=VALUE", help=PARAM_HELP)
+    ] = None,
+    csv_file: Annotated[
+        Path | None, typer.Option("--csv", help="Write every row to this CSV file.")
+    ] = None,
+    parquet: Annotated[
+        Path | None, typer.Option("--parquet", help="Write every row to this Parquet file.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Draw the chart as one self-contained page.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Draw the chart: .html, .png, .svg or .pdf.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+) -> None:
+    """Estimate ops over a range of one parameter: table, CSV, Parquet, chart."""
+    from cli.files import check_writable, write_all
+    from cli.progress import patience
+    from cli.questions import parse_over
+    from cli.series import ask_all, crossovers
+    from workloads import registry
+
+    pictures = _pictures(html, out)
+    if parquet is not None:
+        _require_pyarrow()
+    check_writable([f for f in (csv_file, parquet, *pictures) if f is not None])
+    swept = parse_over(over, [registry.resolve(name) for name in names])
+    with patience("estimating"):
+        series = ask_all(names, device or [DEFAULT_DEVICE], param or [], swept)
+        crossings = crossovers(series)
+    contents: dict[Path, bytes] = {}
+    if csv_file is not None:
+        contents[csv_file] = _csv(series)
+    if parquet is not None:
+        contents[parquet] = _parquet(series)
+    if pictures:
+        from cli.charts import sweep as chart
+        from cli.charts.picture import rendered
+
+        figure = chart.figure(series, swept, crossings)
+        with patience("drawing"):
+            contents |= {path: rendered(figure, path.suffix) for path in pictures}
+    write_all(contents)
+    if as_json:
+        show.print_json(_document(series, swept, crossings))
+    else:
+        _show(series, swept, crossings)
+        for path in contents:
+            print(f"wrote {path}")
+
+
+def _pictures(html: Path | None, out: Path | None) -> list[Path]:
+    from cli.charts.picture import asked_for
+
+    return asked_for(html, out)
+
+
+def _document(series: list[Series], over: Over, crossings: list[Crossover]) -> dict[str, Any]:
+    return {
+        "over": {"param": over.key, "values": over.values},
+        "series": [s.document() for s in series],
+        "crossovers": crossings,
+    }
+
+
+def columns_of(s: Series) -> dict[str, Any]:
+    """One flat row per value, by column; what CSV and Parquet hold. Lone values are for all."""
+    import numpy as np
+
+    from cli.records import record
+
+    r = record(s.estimate)
+    swept = dict.fromkeys(s.swept_fields, np.asarray(s.values))
+    flat = {"op": s.op_name, "device": s.device_id, "rung": r["rung"], **s.fixed_params(), **swept}
+    flat |= {k: r[k] for k in ("seconds", "lower_s", "upper_s", "bound", "limit_s", "limit_frac")}
+    work = dict(r["work"])
+    flat |= {f"tensor_flops_{d}": f for d, f in work.pop("tensor_flops").items()} | work
+    flat |= {f"{resource}_s": t for resource, t in r["seconds_by_resource"].items()}
+    return flat | {f"{level}_bytes": b for level, b in r["bytes_by_level"].items()}
+
+
+def _csv(series: Sequence[Series]) -> bytes:
+    tables = [columns_of(s) for s in series]
+    names = list(dict.fromkeys(name for table in tables for name in table))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(names)
+    for s, table in zip(series, tables, strict=True):
+        for start in range(0, len(s.values), CHUNK):
+            stop = min(start + CHUNK, len(s.values))
+            cells = [_cells(table.get(name), start, stop) for name in names]
+            writer.writerows(zip(*cells, strict=True))
+    return text.getvalue().encode("utf-8")
+
+
+def _cells(value: Any, start: int, stop: int) -> list[Any]:
+    if hasattr(value, "tolist"):  # an array
+        listed: list[Any] = value[start:stop].tolist()
+        return listed
+    return [value] * (stop - start)
+
+
+def _require_pyarrow() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("pyarrow") is None:
+        raise InputError("--parquet needs pyarrow; pip install pyarrow, or use --csv")
+
+
+def _parquet(series: Sequence[Series]) -> bytes:
+    import pyarrow
+    import pyarrow.parquet
+
+    parts = []
+    for s in series:
+        cells = {k: _cells(v, 0, len(s.values)) for k, v in columns_of(s).items()}
+        parts.append(pyarrow.table(cells))
+    table = pyarrow.concat_tables(parts, promote_options="permissive")
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(table, sink)
+    return bytes(sink.getvalue().to_pybytes())
+
+
+def _show(series: list[Series], over: Over, crossings: list[Crossover]) -> None:
+    out = show.console()
+    several_devices = len({s.device_id for s in series}) > 1
+    picked = _picked_rows(len(over.values))
+    for s in series:
+        fixed = "  ".join(f"{k}={v}" for k, v in s.fixed_params().items() if v is not None)
+        out.print(f"{s.op_name} on {s.device_id}: {fixed}")
+    for group in _groups(series):
+        heads = [f"{s.op_name} {s.device_id}" if several_devices else s.op_name for s in group]
+        table = show.table(over.key, *heads, right=(over.key,))
+        for i in picked:
+            cells = [f"{seconds_text(float(s.seconds[i]))}  {s.bound[i]}" for s in group]
+            table.add_row(f"{over.values[i]:,}", *cells)
+        out.print(table)
+    if len(picked) < len(over.values):
+        out.print(f"{len(picked)} of {len(over.values):,} rows shown; --csv or --json holds all.")
+    for c in crossings:
+        out.print(
+            f"From {over.key} = {c.value:,.0f} on, {c.faster} is faster than {c.slower} "
+            f"on {c.device}"
+        )
+    out.print(f"Rung {series[0].estimate.rung}: roofline lower bounds; real kernels are slower.")
+
+
+def _picked_rows(number: int) -> list[int]:
+    """All rows, or an even selection with both ends where there are too many to read."""
+    if number <= MAX_ROWS:
+        return list(range(number))
+    return [round(i * (number - 1) / (MAX_ROWS - 1)) for i in range(MAX_ROWS)]
+
+
+def _groups(series: list[Series]) -> list[list[Series]]:
+    """As many series beside one another as the width holds (about 19 columns each)."""
+    size = max((show.width() - 14) // 20, 1)
+    return [series[i : i + size] for i in range(0, len(series), size)]

@@ -1,0 +1,112 @@
+"""The `ridgeplan` program: commands, and one line for every error a user can mend."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Annotated, Final
+
+import typer
+
+from cli import __version__
+from cli.quantity import shown
+from hwmodels.errors import InfeasibleError, InputError
+
+COMMANDS: Final = (
+    "devices",
+    "clusters",
+    "systems",
+    "estimate",
+    "sweep",
+    "roofline",
+    "plan",
+    "validate",
+)
+"""Each is a function of that name in the module `cli.commands.<name>`, light to import."""
+
+DONE, BAD_INPUT, INFEASIBLE, INTERRUPTED, BROKEN_PIPE = 0, 2, 3, 130, 141
+
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+
+# The base of usage errors, wherever this version of typer keeps it.
+_ClickException: Final = next(
+    c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException"
+)
+
+app = typer.Typer(
+    name="ridgeplan",
+    help="Predict what GPU work costs before anyone runs it.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"ridgeplan {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Predict what GPU work costs before anyone runs it."""
+
+
+for _name in COMMANDS:
+    app.command(_name)(getattr(import_module(f"cli.commands.{_name}"), _name))
+
+
+def run(argv: Sequence[str] | None = None) -> None:
+    """The console entry point: run one command and exit with its code."""
+    sys.exit(main(sys.argv[1:] if argv is None else argv))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command; its exit code. Errors a user can mend are one line on stderr."""
+    try:
+        result = typer.main.get_command(app).main(
+            args=list(argv) or ["--help"], prog_name="ridgeplan", standalone_mode=False
+        )
+        sys.stdout.flush()
+    except InputError as error:
+        return _fail(str(error), BAD_INPUT)
+    except InfeasibleError as error:
+        return _fail(str(error), INFEASIBLE)
+    except (BrokenPipeError, SystemExit):  # typer turns the first into the second
+        _silence_stdout()  # the reader went away
+        return BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        _silence_stdout()
+        return _fail(f"cannot write the answer: {error.strerror}", BAD_INPUT)
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    except _ClickException as error:
+        return _usage_error(error)
+    return result if isinstance(result, int) else DONE
+
+
+def _silence_stdout() -> None:
+    """Keep the interpreter's own flush at exit from failing a second time."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _usage_error(error: Exception) -> int:
+    message = error.format_message() if hasattr(error, "format_message") else str(error)
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "ridgeplan"
+    return _fail(f"{message.rstrip('.')}; see `{command} --help`", BAD_INPUT)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"ridgeplan: error: {shown(message, 2000)}", file=sys.stderr)
+    return code

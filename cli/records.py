@@ -1,0 +1,110 @@
+"""An estimate as a flat record: what `--json`, CSV and the charts share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hwmodels.device import Device
+    from hwmodels.dtypes import DType
+    from simulator.estimate import Estimate
+
+
+def record(e: Estimate) -> dict[str, Any]:
+    """The whole answer of one estimate; numbers or arrays, as the op has them."""
+    return {
+        "op": e.op.name,
+        "params": params_of(e),
+        "device": e.device.id,
+        "rung": e.rung,
+        "seconds": e.seconds,
+        "lower_s": e.lower_s,
+        "upper_s": e.upper_s,
+        "bound": e.bound,
+        "seconds_by_resource": dict(e.seconds_by_resource),
+        "bytes_by_level": dict(e.bytes_by_level),
+        "work": {
+            "tensor_flops": {str(d): f for d, f in e.work.tensor_flops.items()},
+            "vector_flops": e.work.vector_flops,
+            "special_ops": e.work.special_ops,
+            "read_bytes": e.work.read_bytes,
+            "write_bytes": e.work.write_bytes,
+            "launches": e.work.launches,
+        },
+        "compulsory_bytes": e.op.compulsory_bytes(),
+        "io_lower_bound_bytes": io_lower_bound_bytes(e),
+        "limit_s": e.limit_s,
+        "limit_frac": e.limit_frac,
+        "unrated": list(e.unrated),
+        "notes": list(e.notes),
+        "sources": sources(e),
+    }
+
+
+def params_of(e: Estimate) -> dict[str, Any]:
+    """The op's fields by name, number formats by theirs."""
+    fields = {f.name: getattr(e.op, f.name) for f in dataclasses.fields(e.op)}
+    return {name: _named(value) for name, value in fields.items()}
+
+
+def io_lower_bound_bytes(e: Estimate) -> Any:
+    """Device-memory bytes that no algorithm for this result can avoid, given the level above."""
+    above = e.device.memory[-2]
+    return e.op.io_lower_bound_bytes(above.capacity_bytes * above.num_units)
+
+
+def sources(e: Estimate) -> dict[str, dict[str, Any]]:
+    """For every resource with a time: the device's figure, its value and its citation."""
+    found = {}
+    for resource in e.seconds_by_resource:
+        path, value = figure_of(e.device, resource, e.work.tensor_flops)
+        found[resource] = {"figure": path, "value": value, "source": e.device.source_of(path)}
+    return found
+
+
+def figure_of(
+    device: Device, resource: str, tensor_flops: Mapping[DType, Any]
+) -> tuple[str, float | None]:
+    """The path and value of the figure that rates a resource."""
+    if resource == "tensor":
+        for dtype in tensor_flops:
+            rate, unit = device.matmul_rate_flops_per_s(dtype)
+            if unit == "tensor":
+                return f"tensor_flops_per_s.{_tensor_key(device, dtype, rate)}", rate
+    if resource == "vector":
+        return _vector_figure(device, tensor_flops)
+    if resource == "special":
+        return "sm.special_ops_per_clk", device.sm.special_ops_per_clk
+    return f"memory.{resource}.bytes_per_s", device.level(resource).bytes_per_s
+
+
+def _vector_figure(device: Device, tensor_flops: Mapping[DType, Any]) -> tuple[str, float | None]:
+    """The rate of products that have no tensor path, else the fp32 rate."""
+    for dtype in tensor_flops:
+        rate, unit = device.matmul_rate_flops_per_s(dtype)
+        if unit == "vector":
+            return f"vector_flops_per_s.{dtype}", rate
+    return "vector_flops_per_s.fp32", device.vector_flops_per_s.get("fp32")
+
+
+def _tensor_key(device: Device, dtype: DType, rate: float) -> str:
+    """The key of `tensor_flops_per_s` that holds the rate; block formats use their payload's."""
+    payload = dtype.name.removeprefix("mx").removeprefix("nv")
+    matching = [k for k, value in device.tensor_flops_per_s.items() if value == rate]
+    for name in (dtype.name, payload):
+        for key in matching:
+            if key.startswith(f"{name}_acc_"):
+                return key
+    return matching[0]
+
+
+def _named(value: Any) -> Any:
+    return (
+        value if value is None or isinstance(value, (bool, int, float)) else _text_or_array(value)
+    )
+
+
+def _text_or_array(value: Any) -> Any:
+    return value if hasattr(value, "tolist") else str(value)

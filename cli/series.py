@@ -1,0 +1,156 @@
+"""Swept estimates: one op on one device over many values, and where two of them cross."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations, pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cli.records import params_of, record
+
+if TYPE_CHECKING:
+    from cli.questions import Over
+    from simulator.estimate import Estimate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Series:
+    """Estimates of one op on one device along the swept values (or a single one)."""
+
+    estimate: Estimate
+    values: tuple[int, ...]
+    swept_fields: tuple[str, ...]
+
+    @property
+    def op_name(self) -> str:
+        """Name of the op."""
+        return self.estimate.op.name
+
+    @property
+    def device_id(self) -> str:
+        """Id of the device."""
+        return self.estimate.device.id
+
+    @property
+    def seconds(self) -> NDArray[np.float64]:
+        """The rung's answer at every value."""
+        return self.along(self.estimate.seconds)
+
+    @property
+    def bound(self) -> NDArray[np.str_]:
+        """The binding resource at every value."""
+        return np.broadcast_to(np.asarray(self.estimate.bound), len(self.values))
+
+    def along(self, value: Any) -> NDArray[np.float64]:
+        """A number or an array as one number per value."""
+        return np.broadcast_to(np.asarray(value, dtype=np.float64), len(self.values))
+
+    def fixed_params(self) -> dict[str, Any]:
+        """The op's fields that do not change along the sweep."""
+        return {k: v for k, v in params_of(self.estimate).items() if k not in self.swept_fields}
+
+    def document(self) -> dict[str, Any]:
+        """The JSON record: one list entry per value in everything that is counted or timed."""
+        fixed = record(self.estimate) | {"params": self.fixed_params()}
+        constant = ("op", "params", "device", "rung", "unrated", "notes", "sources")
+        return {k: v if k in constant else self._listed(v) for k, v in fixed.items()}
+
+    def _listed(self, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: self._listed(item) for key, item in value.items()}
+        return np.broadcast_to(np.asarray(value), len(self.values)).tolist()
+
+
+def caption(series: Sequence[Series]) -> str:
+    """The parameters in a line: what all ops share, then what each has of its own.
+
+    Values that are an op's default are left out, but for the number format.
+    """
+    told = {s.op_name: _told(s) for s in series}
+    first = next(iter(told.values()))
+    common = {k: v for k, v in first.items() if all(t.get(k, t) == v for t in told.values())}
+    own = {
+        name: ", ".join(f"{k} {v}" for k, v in params.items() if k not in common)
+        for name, params in told.items()
+    }
+    parts = [", ".join(f"{k} {v}" for k, v in common.items())]
+    parts += [text if len(told) == 1 else f"{name}: {text}" for name, text in own.items() if text]
+    return "; ".join(part for part in parts if part)
+
+
+def _told(series: Series) -> dict[str, str]:
+    from workloads import registry
+
+    known = registry.params(series.op_name)
+    return {
+        key: str(value).lower() if isinstance(value, bool) else f"{value}"
+        for key, value in series.fixed_params().items()
+        if value is not None and (key == "dtype" or value != known[key].default)
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Crossover:
+    """From about `value` on, `faster` takes less time than `slower` on the device."""
+
+    device: str
+    faster: str
+    slower: str
+    value: float
+    seconds: float
+
+
+def crossovers(series: Sequence[Series]) -> list[Crossover]:
+    """Where two ops swap places on one device, by interpolation on logarithmic axes."""
+    found = []
+    for a, b in combinations(series, 2):
+        if a.device_id == b.device_id:
+            found += list(_swaps(a, b))
+    return found
+
+
+def _swaps(a: Series, b: Series) -> Iterator[Crossover]:
+    order = np.argsort(a.values)
+    x = np.log(np.asarray(a.values, dtype=np.float64)[order])
+    log_a, log_b = np.log(a.seconds[order]), np.log(b.seconds[order])
+    gap = log_a - log_b
+    gap[np.abs(gap) < 1e-12] = 0.0
+    differs = np.flatnonzero(gap)  # where they are equal neither is ahead
+    for i, j in pairwise(differs):
+        if gap[i] * gap[j] > 0:
+            continue
+        part = gap[i] / (gap[i] - gap[j])
+        ahead, behind = (a, b) if gap[j] < 0 else (b, a)
+        yield Crossover(
+            device=a.device_id,
+            faster=ahead.op_name,
+            slower=behind.op_name,
+            value=float(np.exp(x[i] + part * (x[j] - x[i]))),
+            seconds=float(np.exp(log_a[i] + part * (log_a[j] - log_a[i]))),
+        )
+
+
+def ask_all(
+    names: Sequence[str], device_names: Sequence[str], params: Sequence[str], over: Over | None
+) -> list[Series]:
+    """Every op on every device along the swept values, one array call each; once without them."""
+    from cli.questions import ops_asked
+    from hwmodels import catalog
+    from simulator.estimate import estimate
+    from workloads import registry
+
+    devices = {catalog.device(name).id: catalog.device(name) for name in device_names}
+    ops = ops_asked(names, params, over)
+    return [
+        Series(
+            estimate=estimate(op, on=device),
+            values=over.values if over else (1,),
+            swept_fields=registry.fields_meant(name, over.key) if over else (),
+        )
+        for name, op in ops.items()
+        for device in devices.values()
+    ]

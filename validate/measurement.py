@@ -1,0 +1,333 @@
+"""Published measurements: three CSV schemas, read strictly, nothing dropped in silence.
+
+A row that cannot be believed (broken JSON, a negative size, a GPU nobody knows) becomes a
+`Refusal` with its line and its reason; a file that cannot be read raises one `InputError`.
+
+    kernels      source,gpu,op,dtype,params,latency_us               params is a JSON object
+    collectives  source,gpu,nodes,gpus,collective,bytes,latency_us
+    steps        source,gpu,n_gpus,model,parallelism,precision,metric,value
+
+The family of a row is its file's name without `kernels_`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hwmodels import catalog, dtypes
+from hwmodels.errors import InputError
+
+KERNELS = ("source", "gpu", "op", "dtype", "params", "latency_us")
+COLLECTIVES = ("source", "gpu", "nodes", "gpus", "collective", "bytes", "latency_us")
+STEPS = ("source", "gpu", "n_gpus", "model", "parallelism", "precision", "metric", "value")
+
+TIME_UNITS_S = {"_s": 1.0, "_ms": 1e-3, "_us": 1e-6}
+"""Endings of a step metric that make it a time, with their seconds."""
+
+COMPOUND_DTYPES = frozenset({
+    "amp_bf16", "bf16->fp8", "bf16_fp8kv", "bf16_kvbf16", "bf16_kvfp8",
+    "fp16_fp32math", "fp16_mixed", "fp8-cs", "fp8-mx", "fp8_block", "fp8_linear",
+    "fp8_matmul_only", "fp8_rowwise", "fp8_tensorwise", "int4_wo", "int8_smoothquant", "int8_wo",
+    "unknown", "unknown16", "w4a16_mxfp4", "w4a8_mxfp4_mxfp8",
+})  # fmt: skip
+"""Labels that publishers use for more than one number format at once, or for a scaling recipe."""
+
+_MAPS = ("add", "add_scalar", "mul", "div", "pow", "relu", "tanh", "gelu", "silu_and_mul")
+_ROWS_COLS = ("rows", "cols", "elements")
+_ATTENTION = ("batch", "heads_q", "heads_kv", "head_dim", "seq_q", "seq_kv")
+SIZES: Mapping[str, tuple[str, ...]] = {
+    "gemm": ("m", "n", "k"),
+    "bmm": ("batch", "m", "n", "k"),
+    "attn_prefill": _ATTENTION,
+    "attn_prefill_noncausal": _ATTENTION,
+    "attn_fwd": _ATTENTION,
+    "attn_fwd_bwd": _ATTENTION,
+    "attn_decode": _ATTENTION,
+    "softmax": _ROWS_COLS,
+    "layernorm": _ROWS_COLS,
+    "rmsnorm": _ROWS_COLS,
+    **dict.fromkeys((*_MAPS, "quantize_bf16_to_fp8_static"), ("elements",)),
+    "rope": ("tokens", "heads_q", "heads_kv", "head_dim"),
+    "embedding": ("tokens", "hidden", "vocab_shard"),
+}
+"""Sizes that an op's params must hold, each a whole number from 1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """One published time. `seconds` is None where the row states a rate and no time.
+
+    `gpu` is the name as published, `device_id` the catalogue's id for it.
+    """
+
+    family: str
+    source: str
+    gpu: str
+    device_id: str
+    op: str
+    dtype: str
+    params: Mapping[str, Any]
+    seconds: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """A row that could not be believed: where it stands and why it was refused."""
+
+    family: str
+    gpu: str
+    op: str
+    dtype: str
+    file: str
+    line: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Readings:
+    """Everything a set of files held: rows and refused rows, which add up to the lines read."""
+
+    rows: tuple[Measurement, ...] = ()
+    refused: tuple[Refusal, ...] = ()
+
+    def __add__(self, other: Readings) -> Readings:
+        return Readings(self.rows + other.rows, self.refused + other.refused)
+
+
+class _Refused(Exception):
+    """Raised while one row is parsed; carries the reason."""
+
+
+def csv_files(path: Path, family: str | None = None) -> tuple[Path, ...]:
+    """The CSV files at `path` (a file, or a folder's own), of one family if that is given."""
+    if path.is_file():
+        files = [path]
+    elif path.is_dir():
+        files = sorted(path.glob("*.csv"))
+    else:
+        raise InputError(f"{path}: no such file or folder; give a CSV file or a folder of them")
+    if not files:
+        raise InputError(f"{path}: holds no .csv file; give a folder of measurement files")
+    kept = tuple(f for f in files if family in (None, family_of(f)))
+    if not kept:
+        known = ", ".join(sorted({family_of(f) for f in files}))
+        raise InputError(f"{path}: no family '{family}'; it has {known}")
+    return kept
+
+
+def family_of(path: Path) -> str:
+    """The family a file belongs to: its name without `kernels_` and the extension.
+
+    >>> family_of(Path("kernels_gemm.csv")), family_of(Path("collectives.csv"))
+    ('gemm', 'collectives')
+    """
+    return path.stem.removeprefix("kernels_")
+
+
+def read(path: Path) -> Readings:
+    """Every row of one file; raises `InputError` where the file as a whole makes no sense."""
+    rows: list[Measurement] = []
+    refused: list[Refusal] = []
+    lines = _lines(path)
+    header = next(lines, (0, []))[1]
+    columns = tuple(cell.strip() for cell in header)
+    if columns not in _PARSERS:
+        shown = ",".join(columns)[:60] or "nothing"
+        raise InputError(
+            f"{path}: line 1 holds {shown!r}, not a known header; "
+            f"kernel files start with {','.join(KERNELS)}"
+        )
+    family, parse = family_of(path), _PARSERS[columns]
+    for line, cells in lines:
+        if not cells:
+            continue
+        try:
+            if len(cells) != len(columns):
+                _refuse("the row has too few fields" if len(cells) < len(columns) else
+                        "the row has too many fields")  # fmt: skip
+            rows.append(parse(family, dict(zip(columns, cells, strict=True))))
+        except _Refused as why:
+            refused.append(_refusal(family, path, line, columns, cells, str(why)))
+    if not rows and not refused:
+        raise InputError(f"{path}: a header and no rows; add rows or leave the file out")
+    return Readings(tuple(rows), tuple(refused))
+
+
+def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The lines of a CSV file with their numbers."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8 text"
+        ) from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    if not text.strip():
+        raise InputError(f"{path}: is empty; a kernel file starts with {','.join(KERNELS)}")
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for cells in reader:
+            yield reader.line_num, cells
+    except csv.Error as error:
+        raise InputError(
+            f"{path}: line {reader.line_num} is not CSV ({error}); "
+            "put params between double quotes and double the quotes inside"
+        ) from None
+
+
+def _refusal(
+    family: str, path: Path, line: int, columns: Sequence[str], cells: Sequence[str], reason: str
+) -> Refusal:
+    """A refusal that keeps as much of the row's identity as the row still has."""
+    known = dict(zip(columns, cells, strict=False))
+    return Refusal(
+        family=family,
+        gpu=known.get("gpu", ""),
+        op=known.get("op") or known.get("collective") or known.get("metric") or "",
+        dtype=known.get("dtype") or known.get("precision") or "",
+        file=str(path),
+        line=line,
+        reason=reason,
+    )
+
+
+# ---- the three schemas -----------------------------------------------------------------------
+
+
+def _kernel(family: str, row: Mapping[str, str]) -> Measurement:
+    return Measurement(
+        family=family,
+        source=row["source"],
+        gpu=row["gpu"],
+        device_id=_device_id(row["gpu"]),
+        op=_named(row["op"], "op"),
+        dtype=_dtype(row["dtype"]),
+        params=_params(row["params"], SIZES.get(row["op"], ())),
+        seconds=_positive(row["latency_us"], "latency_us") * 1e-6,
+    )
+
+
+def _collective(family: str, row: Mapping[str, str]) -> Measurement:
+    names = ("nodes", "gpus", "bytes")
+    return Measurement(
+        family=family,
+        source=row["source"],
+        gpu=row["gpu"],
+        device_id=_device_id(row["gpu"]),
+        op=_named(row["collective"], "collective"),
+        dtype="",
+        params={name: _whole(name, _positive(row[name], name)) for name in names},
+        seconds=_positive(row["latency_us"], "latency_us") * 1e-6,
+    )
+
+
+def _step(family: str, row: Mapping[str, str]) -> Measurement:
+    metric, value = _named(row["metric"], "metric"), _positive(row["value"], "value")
+    unit_s = _time_unit_s(metric)
+    return Measurement(
+        family=family,
+        source=row["source"],
+        gpu=row["gpu"],
+        device_id=_device_id(row["gpu"]),
+        op=metric,
+        dtype=_dtype(row["precision"]),
+        params={
+            "num_gpus": _whole("n_gpus", _positive(row["n_gpus"], "n_gpus")),
+            "model": _params(row["model"], (), "model"),
+            "parallelism": _params(row["parallelism"], (), "parallelism"),
+            "value": value,
+        },
+        seconds=None if unit_s is None else value * unit_s,
+    )
+
+
+_PARSERS: Mapping[tuple[str, ...], Callable[[str, Mapping[str, str]], Measurement]] = {
+    KERNELS: _kernel,
+    COLLECTIVES: _collective,
+    STEPS: _step,
+}
+
+
+def _time_unit_s(metric: str) -> float | None:
+    """Seconds per unit of a time metric, None for a rate or a ratio."""
+    name = metric.removesuffix("_derived")
+    if name.endswith("_per_s"):
+        return None
+    return next((s for ending, s in TIME_UNITS_S.items() if name.endswith(ending)), None)
+
+
+# ---- one field -------------------------------------------------------------------------------
+
+
+def _refuse(reason: str) -> NoReturn:
+    raise _Refused(reason)
+
+
+@lru_cache(maxsize=256)
+def _resolved(gpu: str) -> str | None:
+    if "/" in gpu or gpu.endswith(".toml"):
+        return None  # a row of data must not make us open a file
+    try:
+        return catalog.device(gpu).id
+    except InputError:
+        return None
+
+
+def _device_id(gpu: str) -> str:
+    found = _resolved(gpu)
+    return found if found is not None else _refuse("the GPU is in no catalogue")
+
+
+def _named(text: str, column: str) -> str:
+    return text if text.strip() else _refuse(f"{column} is empty")
+
+
+def _dtype(label: str) -> str:
+    known = label in COMPOUND_DTYPES or label in dtypes.ALL or label in dtypes.ALIASES
+    return label if known else _refuse("the dtype is unknown")
+
+
+def _positive(text: str, column: str) -> float:
+    """A decimal number above zero; Python's own spellings (1_000, nan, inf) are not numbers."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0) or "_" in text:
+        _refuse(f"{column} is not a positive finite number")
+    return value
+
+
+def _whole(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        _refuse(f"size {name} is not a number")
+    if not 1 <= value < 2**52 or value != int(value):
+        _refuse(f"size {name} is not a whole number of at least 1")
+    return int(value)
+
+
+def _params(text: str, sizes: Iterable[str], column: str = "params") -> Mapping[str, Any]:
+    """A JSON object whose numbers are finite and not negative, with the named sizes whole."""
+    try:
+        params = json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError, _Refused):
+        _refuse(f"{column} is not JSON")
+    if not isinstance(params, dict):
+        _refuse(f"{column} is not a JSON object")
+    for name, value in params.items():
+        if isinstance(value, (int, float)) and not 0 <= value < math.inf:
+            _refuse(f"{column}: {name[:30]} is negative or not finite")
+    for name in sizes:
+        if name not in params:
+            _refuse(f"{column} lacks size {name}")
+        params[name] = _whole(name, params[name])
+    return params
