@@ -31,7 +31,7 @@ def measured(case: Case) -> dict[str, object]:
         "per_second": case.units / own,
         "baseline": case.baseline_name,
         "baseline_seconds": base,
-        "ratio": own / base,
+        "ratio": (own / case.units) / (base / case.baseline_units),
         "bar_seconds": case.bar_s,
         "met": own <= case.bar_s,
     }
@@ -46,7 +46,7 @@ def main() -> None:
         if "--json" not in sys.argv:
             print(
                 f"{row['case']}: {row['seconds']:.4f} s ({row['per_second']:,.0f}/s), "
-                f"{row['ratio']:.1f}x {row['baseline']}, bar {row['bar_seconds']:.3g} s: "
+                f"{row['ratio']:.3g}x {row['baseline']}, bar {row['bar_seconds']:.3g} s: "
                 f"{'met' if row['met'] else 'MISSED'}",
                 flush=True,
             )
