@@ -3,7 +3,7 @@
     weights, gradients, optimizer   bytes per parameter of the recipe, divided by the replicas the
                                     ZeRO stage shards over: optimizer from 1, gradients from 2,
                                     weights from 3
-    gathered weights                ZeRO 3 holds two layers whole, the one at work and the next
+    gathered weights                ZeRO 3 holds two layers whole, at work and next
     activations                     what a layer keeps (none or full recompute) times its layers
                                     times the micro-batches in flight
     working set                     under full recompute, the layer being redone
@@ -11,28 +11,32 @@
 
 In flight on stage i of p with v chunks: min(m, p - i) micro-batches of the whole stage under 1F1B
 (v = 1), min(m v, 2 (p - i - 1) + (v - 1) p + 1) / v under the interleaved schedule (Narayanan et
-al. 2021). The first stage has most of them, the last one the loss: both are evaluated, the larger
-total is reported. Fused attention is assumed (no stored scores), no dropout masks.
+al. 2021). The first stage has most of them, the last one the loss; where dense layers come before
+layers with experts, a stage between them may hold more than either. The largest total is
+reported; stages are filled as `parameters_per_rank` does it, with ceil(L / p) layers each. Fused
+attention is assumed (no stored scores), no dropout masks.
 Ignored: allocator fragmentation, communication buffers, the driver's context; a budget below the
 device's capacity stands for them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from bisect import bisect_left
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+import numpy as np
 
 from simulator.recipe import Recipe
 from workloads.models.activations import ends_bytes, kv_cache_bytes, layer_bytes
 from workloads.models.config import TransformerConfig
 from workloads.models.parameters import (
-    LayerParameters,
     StageParameters,
     layer_parameters,
     parameters_per_rank,
 )
 from workloads.models.transformer import Inference, TrainStep
-from workloads.numeric import Num, ceil_div, maximum, minimum, where
+from workloads.numeric import Num, ceil_div, is_scalar, maximum, minimum, where
 from workloads.plan import Plan, Recompute
 
 
@@ -49,37 +53,76 @@ class MemoryEstimate:
 
 
 def training_memory(step: TrainStep, *, plan: Plan, recipe: Recipe) -> MemoryEstimate:
-    """The fuller of the first and the last pipeline stage.
+    """The fullest pipeline stage.
 
     >>> from workloads.models.config import load_hf_config
     >>> from workloads.models.transformer import train_step
     >>> from simulator.recipe import RECIPES
     >>> one = train_step(load_hf_config("examples/gpt2.json"), len_seq=1024, global_batch=1)
     >>> training_memory(one, plan=Plan(), recipe=RECIPES["bf16"]).bytes_by_part["optimizer"]
-    1493277696.0
+    1493277696
     """
-    first, last = parameters_per_rank(step.config, plan)
-    kept = _mean_layer_bytes(step, plan, recipe)
+    cfg = step.config
+    first, last = parameters_per_rank(cfg, plan)
     edges = ends_bytes(
-        step.config,
-        batch=plan.micro_batch,
-        len_seq=step.len_seq,
-        plan=plan,
-        dtype=recipe.dtype,
+        cfg, batch=plan.micro_batch, len_seq=step.len_seq, plan=plan, dtype=recipe.dtype
     )
-    alone = plan.pp == 1
-    at_first = _stage(step, plan, recipe, first, kept, 0) | {
-        "ends": edges.embedding * _in_flight(step, plan, 0) + where(alone, edges.head, 0.0)
-    }
-    at_last = _stage(step, plan, recipe, last, kept, plan.pp - 1) | {
-        "ends": edges.head + where(alone, edges.embedding, 0.0)
-    }
-    first_fuller = sum(at_first.values(), start=0.0) >= sum(at_last.values(), start=0.0)
-    return MemoryEstimate(
-        bytes_by_part={
-            part: where(first_fuller, at_first[part], at_last[part]) for part in at_first
-        }
+    alone, num = plan.pp == 1, ceil_div(cfg.num_layers, plan.pp)
+    kept = _kept(step, plan, recipe)
+    whole = Plan(tp=plan.tp, cp=plan.cp, ep=plan.ep, micro_batch=plan.micro_batch)
+    redone = where(plan.recompute == Recompute.FULL, _largest(_kept(step, whole, recipe)), 0.0)
+
+    def stage(index: Num, held: StageParameters, start: Num, ends: Num) -> dict[str, Num]:
+        num_moe = _num_moe(cfg, start, start + num)
+        saved = kept.get("moe", 0.0) * num_moe + kept.get("dense", 0.0) * (num - num_moe)
+        activations = saved * _in_flight(step, plan, index)
+        states = _states(cfg, plan, recipe, held)
+        return states | {"activations": activations, "working set": redone, "ends": ends}
+
+    before = edges.embedding * _in_flight(step, plan, 0) + where(alone, edges.head, 0.0)
+    after = edges.head + where(alone, edges.embedding, 0.0)
+    fullest = stage(0, first, 0, before)
+    others = [stage(plan.pp - 1, last, cfg.num_layers - num, after)]
+    for index in _interior_stages(cfg, plan):
+        start = minimum(index * num, cfg.num_layers - num)
+        parts = stage(index, _held_inside(cfg, plan, start), start, 0.0)
+        exists = index < plan.pp - 1
+        others.append({part: where(exists, held, 0.0) for part, held in parts.items()})
+    for other in others:
+        fuller = sum(other.values(), start=0.0) > sum(fullest.values(), start=0.0)
+        fullest = {part: where(fuller, other[part], held) for part, held in fullest.items()}
+    return MemoryEstimate(bytes_by_part=fullest)
+
+
+def _interior_stages(cfg: TransformerConfig, plan: Plan) -> range:
+    """Stages between the ends that may be the fullest.
+
+    With layers of one kind, none: the first stage has more micro-batches in flight and the
+    embedding besides. With both kinds, those up to the first that has MoE layers only.
+    """
+    if len(cfg.kinds) == 1 or cfg.moe is None:
+        return range(0)
+    num_before = max(set(range(cfg.num_layers)) - set(cfg.moe.layers)) + 1
+    return range(1, min(int(np.max(plan.pp)) - 1, num_before + 1))
+
+
+def _held_inside(cfg: TransformerConfig, plan: Plan, start: Num) -> StageParameters:
+    """Parameters of one rank of a stage without ends whose layers begin at `start`."""
+    num = ceil_div(cfg.num_layers, plan.pp)
+    num_moe = _num_moe(cfg, start, start + num)
+    dense = layer_parameters(cfg, "dense", plan.tp)
+    moe = layer_parameters(cfg, "moe", plan.tp, plan.ep)
+    return StageParameters(
+        dense=num_moe * moe.dense + (num - num_moe) * dense.total, experts=num_moe * moe.experts
     )
+
+
+def _num_moe(cfg: TransformerConfig, start: Num, stop: Num) -> Num:
+    """MoE layers among layers start <= i < stop."""
+    indices = cfg.moe.layers if cfg.moe else ()
+    if is_scalar(start, stop):
+        return bisect_left(indices, stop) - bisect_left(indices, start)
+    return (np.searchsorted(indices, stop) - np.searchsorted(indices, start)).astype(np.float64)
 
 
 def inference_memory(step: Inference, *, plan: Plan, recipe: Recipe) -> MemoryEstimate:
@@ -95,53 +138,40 @@ def inference_memory(step: Inference, *, plan: Plan, recipe: Recipe) -> MemoryEs
         plan=plan,
         dtype=recipe.dtype,
     )
-    kept = _layers_mean(
-        step.config,
-        lambda kind: layer_bytes(
+    kept = {
+        kind: layer_bytes(
             step.config,
             kind=kind,
             batch=step.batch,
             len_seq=step.len_new,
             plan=plan,
             dtype=recipe.dtype,
-        ),
-    )
+        )
+        for kind in step.config.kinds
+    }
     return MemoryEstimate(
         bytes_by_part={
             "weights": recipe.weight_bytes * maximum(first.total, last.total),
             "kv cache": cache * plan.pp,
-            "working set": kept,
+            "working set": _largest(kept),
         }
     )
 
 
-def _stage(
-    step: TrainStep,
-    plan: Plan,
-    recipe: Recipe,
-    held: StageParameters,
-    kept: tuple[Num, Num],
-    stage: Num,
+def _states(
+    cfg: TransformerConfig, plan: Plan, recipe: Recipe, held: StageParameters
 ) -> dict[str, Num]:
-    """Parts of one stage, without the ends."""
+    """What a rank keeps of its stage's parameters, sharded as the ZeRO stage says."""
     replicas = plan.dp * plan.cp
     expert_replicas = maximum(replicas / plan.ep, 1)
-
-    def sharded(from_stage: int) -> Num:
-        split = plan.zero_stage >= from_stage
-        dense = where(split, ceil_div(held.dense, replicas), held.dense)
-        return dense + where(split, ceil_div(held.experts, expert_replicas), held.experts)
-
-    layers = ceil_div(step.config.num_layers, plan.pp)
-    saved, whole = kept
-    gathered = 2 * _mean_layer_parameters(step.config, plan) * recipe.weight_bytes
+    shard = ceil_div(held.dense, replicas) + ceil_div(held.experts, expert_replicas)
+    layers = {kind: layer_parameters(cfg, kind, plan.tp, plan.ep).total for kind in cfg.kinds}
+    gathered = 2 * recipe.weight_bytes * _largest(layers)
     return {
-        "weights": recipe.weight_bytes * sharded(3),
-        "gradients": recipe.gradient_bytes * sharded(2),
-        "optimizer": recipe.optimizer_bytes * sharded(1),
+        "weights": recipe.weight_bytes * where(plan.zero_stage >= 3, shard, held.total),
+        "gradients": recipe.gradient_bytes * where(plan.zero_stage >= 2, shard, held.total),
+        "optimizer": recipe.optimizer_bytes * where(plan.zero_stage >= 1, shard, held.total),
         "gathered weights": where(plan.zero_stage >= 3, gathered, 0.0),
-        "activations": saved * layers * _in_flight(step, plan, stage),
-        "working set": where(plan.recompute == Recompute.FULL, whole, 0.0),
     }
 
 
@@ -154,37 +184,23 @@ def _in_flight(step: TrainStep, plan: Plan, stage: Num) -> Num:
     return where(v > 1, interleaved, minimum(num_micro, p - stage))
 
 
-def _mean_layer_bytes(step: TrainStep, plan: Plan, recipe: Recipe) -> tuple[Num, Num]:
-    """Bytes the mean layer keeps under the plan's recompute mode, and without recomputation."""
-
-    def mean(over: Plan) -> Num:
-        return _layers_mean(
+def _kept(step: TrainStep, plan: Plan, recipe: Recipe) -> dict[str, Num]:
+    """Bytes one layer of each kind keeps for one micro-batch."""
+    return {
+        kind: layer_bytes(
             step.config,
-            lambda kind: layer_bytes(
-                step.config,
-                kind=kind,
-                batch=over.micro_batch,
-                len_seq=step.len_seq,
-                plan=over,
-                dtype=recipe.dtype,
-            ),
+            kind=kind,
+            batch=plan.micro_batch,
+            len_seq=step.len_seq,
+            plan=plan,
+            dtype=recipe.dtype,
         )
-
-    whole = Plan(tp=plan.tp, cp=plan.cp, ep=plan.ep, micro_batch=plan.micro_batch)
-    return mean(plan), mean(whole)
-
-
-def _mean_layer_parameters(cfg: TransformerConfig, plan: Plan) -> Num:
-    def total(kind: str) -> Num:
-        layer: LayerParameters = layer_parameters(cfg, kind, plan.tp, plan.ep)
-        return layer.total
-
-    return _layers_mean(cfg, total)
+        for kind in step.config.kinds
+    }
 
 
-def _layers_mean(cfg: TransformerConfig, of_kind: Callable[[str], Num]) -> Num:
-    """A per-layer figure averaged over the model's layer kinds."""
-    total: Num = 0.0
-    for kind, count in cfg.kinds.items():
-        total = total + of_kind(kind) * (count / cfg.num_layers)
-    return total
+def _largest(by_kind: Mapping[str, Num]) -> Num:
+    largest: Num = 0.0
+    for value in by_kind.values():
+        largest = maximum(largest, value)
+    return largest

@@ -5,9 +5,9 @@ group of level i, so k_i = m_i / m_(i-1) parties meet at level i. All-reduce, al
 reduce-scatter and broadcast run hierarchically: level i handles a 1 / m_(i-1) share of the buffer
 between k_i parties, every accelerator on its own link. All-to-all is flat: level i carries what is
 addressed beyond level i-1. Send-receive shifts a ring: each rank sends to the next, so that some
-rank's buffer crosses every level the ring spans. Levels work at the same time in `lower_s` and one after another in
-`upper_s`; a hop costs the level's `latency_s` where one is published and nothing where none is.
-Protocols, chunking and contention are ignored: links run at wire rate.
+rank's buffer crosses every level the ring spans. Levels work at the same time in `lower_s` and
+one after another in `upper_s`; a hop costs the level's `latency_s` where one is published and
+nothing where none is. Protocols, chunking and contention are ignored: links run at wire rate.
 """
 
 from __future__ import annotations

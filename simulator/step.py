@@ -11,8 +11,9 @@ What overlaps with what, on this rung:
 
 - tensor and expert parallel collectives wait: they are fully exposed;
 - the context-parallel ring hides under attention: only the excess is exposed;
-- gradients reduce under a backward pass and weights gather under a forward pass, only the excess
-  is exposed: once a step, but ZeRO 2 reduces and ZeRO 3 does both for every micro-batch;
+- gradients reduce under a backward pass and weights gather under a forward pass, less what hides
+  the ring there, only the excess is exposed: once a step, but ZeRO 2 reduces and ZeRO 3 does both
+  for every micro-batch;
 - pipeline sends are exposed while the pipeline fills and drains, hidden in between.
 
 `lower_s` hides all communication; `upper_s` exposes all of it and runs every kernel's resources
@@ -45,7 +46,8 @@ from workloads.models.transformer import (
 )
 from workloads.numeric import Num, ceil_div, is_scalar, maximum, where
 from workloads.ops.collective import Collective
-from workloads.ops.flash_attention import FlashAttention2, FlashAttention2Backward
+from workloads.ops.flash_attention import FlashAttention2
+from workloads.ops.flash_attention_backward import FlashAttention2Backward
 from workloads.plan import Plan, Recompute
 from workloads.workload import BACKWARD, FORWARD, Node
 
@@ -312,6 +314,13 @@ def _pipeline(cfg: TransformerConfig, times: LayerTimes, plan: Plan, num_micro: 
     fill_lower = (cfg.num_layers * passes.lower_s + both_lower - lower) / plan.interleave
     fill_upper = (cfg.num_layers * passes.upper_s + both_upper - upper) / plan.interleave
 
+    # Kernels that hide the context ring cannot hide gradients and weights as well.
+    forward_s = times.forward.lower_s - (
+        times.exchange_forward[CONTEXT] - times.exposed_forward[CONTEXT]
+    )
+    backward_s = times.backward.lower_s - (
+        times.exchange_backward[CONTEXT] - times.exposed_backward[CONTEXT]
+    )
     on_slowest = Totals().plus(passes, num_layers).plus(extra)
     parts = {part: num_micro * s for part, s in on_slowest.by_part.items()}
     redone = _merge({}, times.forward.by_part, again * num_layers * num_micro)
@@ -322,8 +331,8 @@ def _pipeline(cfg: TransformerConfig, times: LayerTimes, plan: Plan, num_micro: 
     return _Pipeline(
         pieces=pieces,
         by_resource={r: num_micro * s for r, s in on_slowest.by_resource.items()},
-        forward_s=num_layers * times.forward.lower_s,
-        backward_s=num_layers * (times.backward.lower_s + again * times.forward.lower_s),
+        forward_s=num_layers * forward_s,
+        backward_s=num_layers * (backward_s + again * forward_s),
         exchange_s=(num_micro * num_layers + idle_layers) * sum(moved.values(), start=0.0),
         compute_lower_s=num_micro * lower + fill_lower,
         compute_upper_s=num_micro * upper + fill_upper,
@@ -336,7 +345,7 @@ def _ends_on_slowest(times: LayerTimes, plan: Plan) -> tuple[Num, Num]:
     head, embedding = times.head.lower_s, times.embedding.lower_s
     return (
         where(alone | (embedding > head), 1.0, 0.0),
-        where(alone | (embedding <= head), 1.0, 0.0),
+        where(alone | (embedding > head), 1.0, 0.0),
     )
 
 

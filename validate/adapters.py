@@ -16,13 +16,16 @@ from validate.measurement import Measurement
 from workloads.op import Op
 from workloads.ops.elementwise import Elementwise
 from workloads.ops.embedding import Embedding
-from workloads.ops.flash_attention import FlashAttention2, FlashAttention2Backward
+from workloads.ops.flash_attention import FlashAttention2
+from workloads.ops.flash_attention_backward import FlashAttention2Backward
 from workloads.ops.matmul import Matmul
 from workloads.ops.norm import LayerNorm, RmsNorm
 from workloads.ops.softmax import Softmax
 
 QUANTISED = "the row includes a quantisation kernel that has no count yet"
 WEIGHT_ONLY = "a product with quantised weights has no count yet"
+WHOLE_STEP = "a training step is held against the bound as a whole, not as one op"
+TRAINING_FAMILY = "steps_training"
 
 
 class Uncounted(Exception):
@@ -40,14 +43,21 @@ class Part:
 
 def parts(row: Measurement) -> tuple[Part, ...]:
     """The ops that run in a row, one after the other; raises `Uncounted`."""
-    if row.seconds is None:
-        raise Uncounted("the metric is not a time")
+    if is_training_step(row):
+        raise Uncounted(WHOLE_STEP)
     if "parallelism" in row.params:
         raise Uncounted("a whole step is not one op")
+    if row.seconds is None:
+        raise Uncounted("the metric is not a time")
     adapter = ADAPTERS.get(row.op)
     if adapter is None:
         raise Uncounted(f"no op for {row.op} yet")
     return adapter(row)
+
+
+def is_training_step(row: Measurement) -> bool:
+    """Does the row belong to a file of training steps?"""
+    return row.family.startswith(TRAINING_FAMILY) and "parallelism" in row.params
 
 
 # ---- number formats ------------------------------------------------------------------------

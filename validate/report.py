@@ -8,7 +8,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from hwmodels.calibration import StepRatios
 from validate.compare import Comparison, Table
+from validate.steps import StepComparison, StepTable
 
 NOISE_FLOOR = "4-8 %"
 """Repeated measurements of one kernel on one GPU by different people differ by this much."""
@@ -55,9 +57,17 @@ def _total(family: str, gpu: str, tables: Sequence[Table]) -> Total:
 
 
 def accuracy_markdown(
-    comparison: Comparison, *, on: datetime.date, data: str, command: str = ""
+    comparison: Comparison,
+    *,
+    on: datetime.date,
+    data: str,
+    command: str = "",
+    steps: str = "",
 ) -> str:
-    """The whole document: what was compared, errors by family and GPU, rows without a count."""
+    """The whole document: what was compared, errors by family and GPU, rows without a count.
+
+    `steps` is the section of `steps_markdown`, or nothing.
+    """
     rows = totals(comparison.tables)
     predicted = sum(t.n for t in rows)
     without = sum(t.unsupported for t in rows)
@@ -80,9 +90,62 @@ def accuracy_markdown(
     ]
     lines += _errors(t for t in rows if t.n)
     lines += _reasons(comparison)
+    if steps:
+        lines += ["", steps]
     if command:
         lines += ["", f"Written by `{command}`."]
     return "\n".join(lines) + "\n"
+
+
+def steps_markdown(comparison: StepComparison, ratios: StepRatios | None = None) -> str:
+    """The section on training steps: ratios to the bound, errors on unseen runs, other rows."""
+    tables = comparison.tables
+    lines = [
+        "## Training steps",
+        "",
+        f"{comparison.num_rows} rows state {sum(t.n for t in tables)} runs whose step the bound "
+        "rung can price. *Ratio* is measured seconds over bound-rung seconds: a real step launches "
+        "kernels one by one, at less than peak clocks and bandwidth, and waits for exchange. "
+        "*Faster* counts runs that beat the kernels' lower bound with all exchange hidden; one "
+        "would be a defect of the bound.",
+        "",
+        *_ratio_rows(tables),
+    ]
+    held = [t for t in tables if t.n_unseen]
+    if ratios is not None and held and comparison.overall is not None:
+        names = ", ".join((*ratios.devices, *ratios.architectures))
+        lines += [
+            "",
+            f"Held against the ratios fitted on {ratios.date.isoformat()} on other rows (sha256 "
+            f"`{ratios.rows_digest[:16]}`; {names}), which say what `bound x median` predicts and "
+            "that four runs of five lie in [bound x p10, bound x p90]. Most of the rows fitted on "
+            "train MPT under FSDP on 8 to 64 GPUs; plans unlike those are extrapolated.",
+            "",
+            *_ratio_errors((*held, comparison.overall)),
+        ]
+    if comparison.reasons:
+        lines += ["", "| training rows that state no such run | rows |", "|---|--:|"]
+        lines += [f"| {reason.replace('|', '/')} | {n} |" for reason, n in comparison.reasons]
+    return "\n".join(lines)
+
+
+def _ratio_rows(tables: Iterable[StepTable]) -> Iterator[str]:
+    yield "| source | GPU | runs | ratio: median | p10 | p90 | least | faster |"
+    yield "|---|---|--:|--:|--:|--:|--:|--:|"
+    for t in tables:
+        ratios = " | ".join(f"{r:.2f}" for r in (t.median, t.p10, t.p90, t.least))
+        yield f"| {t.source} | {t.gpu} | {t.n} | {ratios} | {t.faster_than_bound} |"
+
+
+def _ratio_errors(tables: Iterable[StepTable]) -> Iterator[str]:
+    yield (
+        "| source | GPU | unseen runs | ratio of the same | bound: MAPE % | bound x median: MAPE % "
+        "| in [p10, p90] % |"
+    )
+    yield "|---|---|--:|---|--:|--:|--:|"
+    for t in tables:
+        errors = " | ".join(percent(v) for v in (t.bound_mape, t.mape, t.coverage_80))
+        yield f"| {t.source} | {t.gpu} | {t.n_unseen} | {t.scope} | {errors} |"
 
 
 def percent(frac: float | None) -> str:

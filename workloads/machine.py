@@ -232,3 +232,12 @@ class Machine:
     def _values(self, tile: Tile) -> Values:
         self._alive(tile)
         return tile.values
+
+
+def slices(size: int, step: int) -> list[slice]:
+    """Consecutive ranges of at most `step` that cover `size`.
+
+    >>> slices(5, 2)
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+    """
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 Array: TypeAlias = NDArray[np.float64]
 Num: TypeAlias = float | Array
+Condition: TypeAlias = bool | NDArray[np.bool_]
 
 
 def as_num(value: object) -> Num:
@@ -65,6 +66,39 @@ def log2(a: Num) -> Num:
     return np.log2(a) if isinstance(a, np.ndarray) else math.log2(a)
 
 
+def ceil_log2(size: Num) -> Num:
+    """The least q with 2**q >= size, exactly, for whole sizes from 1.
+
+    >>> [ceil_log2(s) for s in (1, 2, 3, 4, 5)], ceil_log2(np.array([1.0, 1024.0, 1025.0]))
+    ([0, 1, 2, 2, 3], array([ 0., 10., 11.]))
+    """
+    if isinstance(size, np.ndarray):
+        return np.frexp(size - 1)[1].astype(np.float64)
+    return (int(size) - 1).bit_length()
+
+
+def floor_log2(size: Num) -> Num:
+    """The greatest q with 2**q <= size, exactly, for sizes from 1 (rounded down first).
+
+    >>> floor_log2(1023.5), floor_log2(np.array([1.0, 1024.0]))
+    (9, array([ 0., 10.]))
+    """
+    if isinstance(size, np.ndarray):
+        return np.frexp(np.floor(size))[1] - 1.0
+    return int(size).bit_length() - 1
+
+
+def power_of_two(exponent: Num) -> Num:
+    """2**exponent for whole exponents from 0.
+
+    >>> power_of_two(10), power_of_two(np.array([0.0, 3.0]))
+    (1024, array([1., 8.]))
+    """
+    if isinstance(exponent, np.ndarray):
+        return np.ldexp(1.0, exponent.astype(np.int64))
+    return 1 << int(exponent)
+
+
 def minimum(a: Num, b: Num) -> Num:
     """The smaller, elementwise."""
     if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
@@ -79,13 +113,13 @@ def maximum(a: Num, b: Num) -> Num:
     return a if a >= b else b
 
 
-def where(condition: bool | NDArray[np.bool_], a: Num, b: Num) -> Num:
+def where(condition: Condition, a: Num, b: Num) -> Num:
     """`a` where the condition holds, else `b`; both are evaluated by the caller."""
     if isinstance(condition, np.ndarray):
         return np.where(condition, a, b)
     return a if condition else b
 
 
-def any_true(condition: bool | NDArray[np.bool_]) -> bool:
+def any_true(condition: Condition) -> bool:
     """True when the condition holds anywhere."""
     return bool(condition.any()) if isinstance(condition, np.ndarray) else bool(condition)

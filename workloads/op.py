@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar, Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,28 +14,44 @@ from numpy.typing import NDArray
 from hwmodels.dtypes import DType, dtype
 from hwmodels.errors import InputError
 from workloads.machine import Machine
-from workloads.numeric import Num, any_true, as_num, minimum
+from workloads.numeric import Condition, Num, any_true, as_num, is_scalar
 from workloads.work import Work
 
 Arrays = Mapping[str, NDArray[np.float64]]
 
 
-def checked_size(owner: str, name: str, value: object) -> Num:
-    """A whole number of at least 1 (or an array of them); `*_frac` a number in [0, 1]."""
+LIMIT: Final = 2**52
+"""Sizes stay below it, so that every whole number of float64 is exact."""
+
+
+def checked_number(
+    owner: str, name: str, value: object, good: Callable[[Num], Condition], rule: str
+) -> Num:
+    """The value as a number, or an array of them; refused where one is not good."""
     try:
         number = as_num(value)
     except (TypeError, ValueError):
         raise InputError(f"{owner}: {name} = {value!r} is not a number") from None
-    if name.endswith("_frac"):
-        good = (number >= 0) & (number <= 1)
-        rule = "a fraction in [0, 1]"
-    else:
-        good = (number >= 1) & (number == np.floor(number)) & (number < 2**52)
-        rule = "a whole number from 1 to 2**52"
-    if any_true(np.logical_not(good)):
-        shown = value if np.ndim(number) == 0 else np.asarray(number)[~np.asarray(good)][0]
+    bad = np.logical_not(good(number))
+    if any_true(bad):
+        shown = value if is_scalar(number) else np.asarray(number)[bad][0]
         raise InputError(f"{owner}: {name} = {shown} must be {rule}")
     return number
+
+
+def checked_size(owner: str, name: str, value: object) -> Num:
+    """A whole number of at least 1 (or an array of them); `*_frac` a number in [0, 1]."""
+    if name.endswith("_frac"):
+        return checked_number(owner, name, value, _is_fraction, "a fraction in [0, 1]")
+    return checked_number(owner, name, value, _is_size, "a whole number from 1 to 2**52")
+
+
+def _is_fraction(number: Num) -> Condition:
+    return (number >= 0) & (number <= 1)
+
+
+def _is_size(number: Num) -> Condition:
+    return (number >= 1) & (number == np.floor(number)) & (number < LIMIT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +68,7 @@ class Op(ABC):
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if "Num" in str(f.type):
-                if type(value) is int and 1 <= value < 2**52:
+                if type(value) is int and 1 <= value < LIMIT:
                     continue  # the common case, kept cheap
                 if value is None and "None" in str(f.type):
                     continue
@@ -122,8 +138,3 @@ def require_fit(name: str, fast_bytes: Num, needed_bytes: Num, what: str) -> Non
             f"{name}: a fast memory of {float(np.min(fast_bytes)):.0f} bytes cannot hold {what} "
             f"({float(np.max(needed_bytes)):.0f} bytes); give it more or make the op smaller"
         )
-
-
-def share(total: Num, limit: Num) -> Num:
-    """A tile of at most `limit` that is no larger than the dimension."""
-    return minimum(total, limit)

@@ -61,7 +61,7 @@ _OPS: Final[Mapping[str, Entry]] = {
     ),
     "flash_attention_2": Entry("flash_attention", "FlashAttention2", "fused attention, forward"),
     "flash_attention_2_backward": Entry(
-        "flash_attention", "FlashAttention2Backward", "fused attention, backward"
+        "flash_attention_backward", "FlashAttention2Backward", "fused attention, backward"
     ),
     "mamba_scan": Entry("selective_scan", "SelectiveScan", "fused selective scan"),
     "mamba_scan_unfused": Entry(
@@ -75,10 +75,12 @@ _OPS: Final[Mapping[str, Entry]] = {
     ),
     "rmsnorm": Entry("norm", "RmsNorm", "root-mean-square normalisation, forward"),
     "rmsnorm_backward": Entry(
-        "norm", "RmsNormBackward", "root-mean-square normalisation, backward"
+        "norm_backward", "RmsNormBackward", "root-mean-square normalisation, backward"
     ),
     "layernorm": Entry("norm", "LayerNorm", "layer normalisation, forward"),
-    "layernorm_backward": Entry("norm", "LayerNormBackward", "layer normalisation, backward"),
+    "layernorm_backward": Entry(
+        "norm_backward", "LayerNormBackward", "layer normalisation, backward"
+    ),
     "elementwise": Entry("elementwise", "Elementwise", "pointwise map over arrays"),
     "rope": Entry("rope", "Rope", "rotary position embedding"),
     "adam_step": Entry("adam", "AdamStep", "fused Adam update of all parameters"),
@@ -90,13 +92,15 @@ _OPS: Final[Mapping[str, Entry]] = {
 _ALIASES: Final[Mapping[str, Sequence[tuple[str, ...]]]] = {
     "heads": (("num_heads",),),
     "kv_heads": (("num_kv_heads",),),
-    "seq": (("len_seq",), ("len_q", "len_kv")),
+    "tokens": (("num_tokens",),),
+    "seq": (("len_seq",), ("len_q", "len_kv"), ("num_tokens",)),
     "seq_q": (("len_q",),),
     "seq_kv": (("len_kv",),),
     "dim": (("head_dim",), ("dim",), ("cols",)),
     "channels": (("num_channels",), ("channels",), ("dim",)),
     "state": (("state_dim",),),
     "vocab": (("vocab_size",),),
+    "params": (("num_parameters",),),
 }
 
 

@@ -17,6 +17,7 @@ from hwmodels.errors import InputError
 if TYPE_CHECKING:
     from validate.compare import Comparison
     from validate.measurement import Readings
+    from validate.steps import StepComparison
 
 
 def validate(
@@ -36,14 +37,17 @@ def validate(
         check_writable([markdown])
     with patience(f"comparing {shown(path)}"):
         from validate.compare import compare
+        from validate.steps import compare_steps
 
         readings = _read(path, family)
         comparison = compare(readings.rows, readings.refused)
+        steps = compare_steps(readings.rows)
     if markdown is not None:
-        write_all({markdown: _markdown(comparison, path, family).encode()})
+        write_all({markdown: _markdown(comparison, steps, path, family).encode()})
     if as_json:
-        show.print_json(comparison.as_dict())
+        show.print_json(comparison.as_dict() | {"training_steps": steps.as_dict()})
     else:
+        _print_steps(steps)
         _print(comparison)
 
 
@@ -72,15 +76,39 @@ def _read(path: Path, family: str | None) -> Readings:
     return readings
 
 
-def _markdown(comparison: Comparison, path: Path, family: str | None) -> str:
+def _markdown(
+    comparison: Comparison, steps: StepComparison, path: Path, family: str | None
+) -> str:  # fmt: skip
     import datetime
 
-    from validate.report import accuracy_markdown
+    from hwmodels.calibration import shipped_ratios
+    from validate.report import accuracy_markdown, steps_markdown
 
     name = path.resolve().name
     chosen = f" --family {family}" if family else ""
     command = f"ridgeplan validate {name}{chosen} --markdown FILE"
-    return accuracy_markdown(comparison, on=datetime.date.today(), data=name, command=command)
+    section = steps_markdown(steps, shipped_ratios()) if steps.num_rows else ""
+    return accuracy_markdown(
+        comparison, on=datetime.date.today(), data=name, command=command, steps=section
+    )
+
+
+def _print_steps(steps: StepComparison) -> None:
+    """Measured over bound of whole training steps, and how well the shipped ratios fit."""
+    from validate.report import percent
+
+    if steps.overall is None:
+        return
+    numbers = ("runs", "median", "p10", "p90", "least", "fast", "unseen", "MAPE %", "in 80 %")
+    made = show.table("source", "GPU", *numbers, title="training steps: measured / bound",
+                      right=numbers)  # fmt: skip
+    made.padding = (0, 1, 0, 0)
+    for t in (*steps.tables, steps.overall):
+        ratios = [f"{r:.2f}" for r in (t.median, t.p10, t.p90, t.least)]
+        counts = [str(t.faster_than_bound), str(t.n_unseen)]
+        errors = [percent(t.mape), percent(t.coverage_80)]
+        made.add_row(shown(t.source, 20), shown(t.gpu, 24), str(t.n), *ratios, *counts, *errors)
+    show.console().print(made)
 
 
 def _print(comparison: Comparison) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from cli.main import main
 from tests.validate.data import kernel_row, write_csv
-from validate.measurement import COLLECTIVES
+from validate.measurement import COLLECTIVES, STEPS
 
 SHAPE = {"m": 4096, "n": 4096, "k": 4096}
 
@@ -67,6 +67,49 @@ def test_markdown_is_written_and_dated(folder: Path, capsys: pytest.CaptureFixtu
     assert text.startswith("# Accuracy\n")
     assert "| gemm | H100-SXM-80GB | 2 | 1 |" in text
     assert str(folder) not in text
+    assert capsys.readouterr().out
+
+
+@pytest.fixture
+def training(tmp_path: Path) -> Path:
+    model = {"layers": 12, "hidden": 768, "heads": 12, "kv_heads": 12, "ffn": 3072, "gated": 0,
+             "vocab": 50368, "seq": 2048}  # fmt: skip
+    layout = {"dp": 8, "tp": 1, "pp": 1, "cp": 1, "microbatch": 4, "globalbatch": 64, "zero": 3,
+              "recompute": "none"}  # fmt: skip
+    said = ["made/up", "H100-SXM-80GB", "8", json.dumps(model), json.dumps(layout), "bf16"]
+    rows = [[*said, "step_time_s", "1.5"], [*said, "mfu_pct", "40"]]
+    write_csv(tmp_path / "steps_training.csv", rows, STEPS)
+    return tmp_path
+
+
+def test_training_steps_are_compared_as_a_whole(
+    training: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["validate", str(training)]) == 0
+    out = capsys.readouterr().out
+    assert "training steps: measured / bound" in out
+    assert max(len(line) for line in out.splitlines()) <= 100
+    assert main(["validate", str(training), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    (table,) = document["training_steps"]["tables"]
+    assert (table["source"], table["n"], table["n_unseen"]) == ("made", 1, 1)
+    assert table["median"] > 1
+    assert document["training_steps"]["unsupported"] == [
+        {"reason": "the metric is not the time of a whole step", "n": 1}
+    ]
+    assert sum(t["n"] + t["unsupported"] for t in document["tables"]) == 2
+
+
+def test_the_record_has_a_section_on_training_steps_where_there_are_any(
+    training: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = folder / "accuracy.md"
+    assert main(["validate", str(training), "--markdown", str(target)]) == 0
+    text = target.read_text(encoding="utf-8")
+    assert "\n## Training steps\n" in text
+    assert "| made | H100-SXM-80GB | 1 | " in text
+    assert main(["validate", str(folder), "--family", "gemm", "--markdown", str(target)]) == 0
+    assert "Training steps" not in target.read_text(encoding="utf-8")
     assert capsys.readouterr().out
 
 

@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
+
 import numpy as np
+from hypothesis import settings
 
 from workloads.machine import Machine
 from workloads.op import ProvedOp
+
+Test = TypeVar("Test", bound=Callable[..., Any])
+
+LEAST_SHAPES: Final = 200
+"""Random shapes that prove one op, at the least."""
+
+PROOFS: Final[dict[str, int]] = {}
+"""Random shapes by op name, as the tests that prove the ops declare them."""
+
+
+def proves(*names: str, shapes: int = LEAST_SHAPES) -> Callable[[Test], Test]:
+    """Mark a property test as the proof of each of these ops, over that many random shapes."""
+
+    def marked(test: Test) -> Test:
+        PROOFS.update(dict.fromkeys(names, shapes))
+        return settings(max_examples=shapes, deadline=None)(test)
+
+    return marked
 
 
 def assert_proved(op: ProvedOp, fast_bytes: float, *, seed: int = 0, rtol: float = 1e-9) -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from hwmodels.dtypes import BF16, FP8, FP32
 from hwmodels.errors import InputError
-from tests.workloads.proof import assert_proved
+from tests.workloads.proof import assert_proved, proves
 from workloads.ops.attention import StandardAttention
 
 
@@ -31,7 +31,7 @@ def shapes(draw: st.DrawFn) -> StandardAttention:
 memories = st.integers(200, 20_000)
 
 
-@settings(max_examples=200, deadline=None)
+@proves("attention")
 @given(op=shapes(), fast_bytes=memories)
 def test_program_counts_what_the_closed_form_says(op: StandardAttention, fast_bytes: int) -> None:
     assert_proved(op, fast_bytes)

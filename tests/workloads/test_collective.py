@@ -6,15 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hwmodels.errors import InputError, UnknownNameError
-from workloads.ops.collective import (
-    KINDS,
-    Buffer,
-    Collective,
-    algorithms,
-    shard_lengths,
-    simulate,
-    two_trees,
-)
+from workloads.ops.collective import KINDS, Collective, algorithms
+from workloads.ops.collective_rounds import Buffer, shard_lengths, simulate, two_trees
 
 CASES = [(kind, algorithm) for kind in KINDS for algorithm in algorithms(kind)]
 

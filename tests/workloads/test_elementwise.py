@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hwmodels.dtypes import BF16, FP8, FP32, NVFP4
 from hwmodels.errors import InputError, UnknownNameError
-from tests.workloads.proof import assert_proved
+from tests.workloads.proof import assert_proved, proves
 from workloads.machine import Machine
 from workloads.op import ProvedOp
 from workloads.ops import elementwise
@@ -55,25 +55,25 @@ ropes = st.builds(
 )  # fmt: skip
 
 
-@settings(max_examples=200, deadline=None)
+@proves("elementwise")
 @given(op=generic, fast_bytes=st.integers(64, 3000))
 def test_the_stand_in_counts_what_is_declared(op: Elementwise, fast_bytes: int) -> None:
     assert_proved(op, fast_bytes)
 
 
-@settings(max_examples=200, deadline=None)
+@proves("elementwise")
 @given(op=named, fast_bytes=st.integers(64, 3000), seed=st.integers(0, 99))
 def test_named_maps_count_themselves(op: Elementwise, fast_bytes: int, seed: int) -> None:
     assert_proved(op, fast_bytes, seed=seed)
 
 
-@settings(max_examples=200, deadline=None)
+@proves("adam_step")
 @given(op=adams, fast_bytes=st.integers(64, 3000), seed=st.integers(0, 99))
 def test_adam_counts_itself(op: AdamStep, fast_bytes: int, seed: int) -> None:
     assert_proved(op, fast_bytes, seed=seed)
 
 
-@settings(max_examples=200, deadline=None)
+@proves("rope")
 @given(op=ropes, fast_bytes=st.integers(320, 3000))
 def test_rope_counts_itself(op: Rope, fast_bytes: int) -> None:
     assert_proved(op, fast_bytes)

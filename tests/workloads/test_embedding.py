@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from hwmodels.dtypes import BF16, FP8, FP32
 from hwmodels.errors import InputError
-from tests.workloads.proof import assert_proved
+from tests.workloads.proof import assert_proved, proves
 from workloads.machine import Machine
 from workloads.ops.embedding import Embedding, EmbeddingBackward
 
@@ -23,13 +23,13 @@ backward = st.builds(EmbeddingBackward, **sizes, grad_dtype=dtypes)
 AnyOp = Embedding | EmbeddingBackward
 
 
-@settings(max_examples=200, deadline=None)
+@proves("embedding")
 @given(op=forward, fast_bytes=st.integers(16, 800), seed=st.integers(0, 99))
 def test_lookup_counts_what_the_closed_form_says(op: Embedding, fast_bytes: int, seed: int) -> None:
     assert_proved(op, fast_bytes, seed=seed)
 
 
-@settings(max_examples=200, deadline=None)
+@proves("embedding_backward")
 @given(op=backward, fast_bytes=st.integers(16, 800), seed=st.integers(0, 99))
 def test_gradient_counts_what_the_closed_form_says(
     op: EmbeddingBackward, fast_bytes: int, seed: int

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from hwmodels.dtypes import FP8, FP16, FP32, FP64
 from hwmodels.errors import InputError
-from tests.workloads.proof import assert_proved
+from tests.workloads.proof import assert_proved, proves
 from workloads.ops.fft_convolution import (
     FFTConvolution,
     ceil_log2,
@@ -29,7 +29,7 @@ def convolutions(draw: st.DrawFn) -> FFTConvolution:
     )
 
 
-@settings(max_examples=250, deadline=None)
+@proves("fft_convolution", shapes=250)
 @given(op=convolutions(), fast_bytes=st.integers(32, 2_500))
 def test_program_counts_what_the_closed_form_says(op: FFTConvolution, fast_bytes: int) -> None:
     assert_proved(op, fast_bytes)

@@ -9,15 +9,12 @@ from hypothesis import strategies as st
 
 from hwmodels.dtypes import BF16, FP8, FP32
 from hwmodels.errors import InputError
-from tests.workloads.proof import assert_proved
+from tests.workloads.proof import assert_proved, proves
 from workloads.machine import Machine
-from workloads.ops import flash_attention
+from workloads.ops import flash_attention, flash_attention_backward
 from workloads.ops.attention import AttentionOp, StandardAttention
-from workloads.ops.flash_attention import (
-    FlashAttention2,
-    FlashAttention2Backward,
-    ceil_sum,
-)
+from workloads.ops.flash_attention import FlashAttention2, ceil_sum
+from workloads.ops.flash_attention_backward import FlashAttention2Backward
 
 BOTH = (FlashAttention2, FlashAttention2Backward)
 COUNTERS = ("vector_flops", "special_ops", "read_bytes", "write_bytes", "flops", "launches")
@@ -53,14 +50,14 @@ def fits(op: AttentionOp, fast_bytes: int) -> bool:
     return True
 
 
-@settings(max_examples=200, deadline=None)
+@proves("flash_attention_2")
 @given(op=shapes(FlashAttention2), fast_bytes=memories)
 def test_forward_counts_what_the_closed_form_says(op: FlashAttention2, fast_bytes: int) -> None:
     assume(fits(op, fast_bytes))
     assert_proved(op, fast_bytes)
 
 
-@settings(max_examples=200, deadline=None)
+@proves("flash_attention_2_backward")
 @given(op=shapes(FlashAttention2Backward, fewest_keys=2), fast_bytes=memories)
 def test_backward_counts_what_the_closed_form_says(
     op: FlashAttention2Backward, fast_bytes: int
@@ -76,7 +73,8 @@ def test_blocks_of_several_granules_are_proved(
     op: type[AttentionOp], granule: int, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a small granule, small shapes reach blocks of many granules and ragged tails."""
-    monkeypatch.setattr(flash_attention, "GRANULE", granule)
+    for module in (flash_attention, flash_attention_backward):
+        monkeypatch.setattr(module, "GRANULE", granule)
     rng = np.random.default_rng(seed)
     len_q = int(rng.integers(10, 70))
     shape = op(
@@ -281,15 +279,6 @@ def test_decoding_reads_the_cache_once_per_group() -> None:
     assert op.over(causal=True).work(SM_BYTES).read_bytes == op.work(SM_BYTES).read_bytes
 
 
-def test_lengths_follow_in_a_sweep() -> None:
-    op = FlashAttention2(batch=1, num_heads=32, len_q=8192, head_dim=128, dtype=BF16, causal=True)
-    lengths = 2 ** np.arange(10, 21)
-    swept = op.over(len_q=lengths)
-    np.testing.assert_array_equal(swept.len_keys, lengths)
-    assert np.asarray(swept.work(SM_BYTES).bytes).shape == (11,)
-    assert swept.work(SM_BYTES).read_bytes[3] == op.work(SM_BYTES).read_bytes
-
-
 @pytest.mark.parametrize("op", BOTH)
 @pytest.mark.parametrize(
     ("changes", "message"),
@@ -312,3 +301,38 @@ def test_impossible_shapes_are_refused(
 def test_too_small_a_fast_memory_is_refused(op: type[AttentionOp]) -> None:
     with pytest.raises(InputError, match="cannot hold one"):
         op(num_heads=1, len_q=4, head_dim=8).work(64)
+
+
+@pytest.mark.parametrize("op", BOTH)
+def test_whole_number_arrays_sweep_eleven_lengths_in_one_call(op: type[AttentionOp]) -> None:
+    one = op(batch=1, num_heads=32, len_q=8192, head_dim=128, dtype=BF16, causal=True)
+    lengths = 2 ** np.arange(10, 21)
+    assert lengths.dtype.kind == "i"
+    swept = one.over(len_q=lengths)
+    np.testing.assert_array_equal(swept.len_keys, lengths)
+    many = swept.work(SM_BYTES)
+    for i, length in enumerate(lengths.tolist()):
+        alone = one.over(len_q=length).work(SM_BYTES)
+        for counter in ("vector_flops", "special_ops", "read_bytes", "write_bytes", "flops"):
+            counts = np.asarray(getattr(many, counter))
+            assert counts.shape == (11,)
+            assert counts[i] == getattr(alone, counter)
+        assert np.asarray(swept.min_flops()[BF16])[i] == one.over(len_q=length).min_flops()[BF16]
+
+
+@pytest.mark.parametrize("op", BOTH)
+def test_a_sweep_past_the_given_keys_is_refused(op: type[AttentionOp]) -> None:
+    one = op(num_heads=32, len_q=8192, len_kv=8192, head_dim=128, causal=True)
+    with pytest.raises(InputError, match="causal with len_q above len_kv leaves queries without"):
+        one.over(len_q=2 ** np.arange(10, 21))
+
+
+@pytest.mark.parametrize("field", ["num_kv_heads", "len_kv", "head_dim_v"])
+def test_sizes_that_may_be_left_out_are_checked_like_all_others(field: str) -> None:
+    one = FlashAttention2(num_heads=4, len_q=16, head_dim=8, causal=True)
+    assert getattr(one.over(**{field: None}), field) is None
+    sizes = np.array([2, 4]) if field == "num_kv_heads" else np.array([16, 32])
+    assert getattr(one.over(**{field: sizes}), field).dtype == np.float64
+    for bad in (0, -1, 2.5, float("nan"), [4, 0], "two"):
+        with pytest.raises(InputError, match=f"flash_attention_2: {field} = "):
+            one.over(**{field: bad})

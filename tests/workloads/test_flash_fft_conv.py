@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from hwmodels.dtypes import FP8, FP16, FP32, FP64, DType
 from hwmodels.errors import InputError
-from tests.workloads.proof import assert_proved
+from tests.workloads.proof import assert_proved, proves
 from workloads.ops.fft_convolution import FFTConvolution
 from workloads.ops.flash_fft_conv import FlashFFTConv
 
@@ -32,7 +32,7 @@ def convolutions(draw: st.DrawFn) -> tuple[FlashFFTConv, int]:
     return op, int(op.needed_bytes(order or 2, num_outer)) + draw(st.integers(0, 600))
 
 
-@settings(max_examples=300, deadline=None)
+@proves("flashfftconv", shapes=300)
 @given(case=convolutions())
 def test_program_counts_what_the_closed_form_says(case: tuple[FlashFFTConv, int]) -> None:
     assert_proved(*case)

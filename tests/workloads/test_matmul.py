@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from hwmodels.dtypes import BF16, FP8, FP32, FP64
 from hwmodels.errors import InputError
-from tests.workloads.proof import assert_proved
+from tests.workloads.proof import assert_proved, proves
 from workloads.ops.matmul import A_STAYS, B_STAYS, C_STAYS, Matmul
 
 shapes = st.builds(
@@ -21,7 +21,7 @@ shapes = st.builds(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@proves("matmul", shapes=300)
 @given(op=shapes, fast_bytes=st.integers(600, 40_000))
 def test_program_counts_what_the_closed_form_says(op: Matmul, fast_bytes: int) -> None:
     assert_proved(op, fast_bytes)

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+from importlib import import_module
+from pathlib import Path
+
 import pytest
 
 from hwmodels.dtypes import FP16
 from hwmodels.errors import InputError, UnknownNameError
+from tests.workloads.proof import LEAST_SHAPES, PROOFS
 from workloads import registry
 from workloads.op import Op, ProvedOp
 
@@ -17,6 +21,30 @@ def test_every_entry_imports_and_names_itself(name: str) -> None:
     assert registry.summary(name)
     assert all(p.kind in ("length", "size", "fraction", "dtype", "flag", "text")
                for p in registry.params(name).values())  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in registry.names() if registry.status(name) == registry.PROVED]
+)
+def test_every_proved_op_has_its_proof_over_many_shapes(name: str) -> None:
+    for path in Path(__file__).parent.glob("test_*.py"):
+        if "@proves(" in path.read_text(encoding="utf-8"):
+            import_module(f"{__package__}.{path.stem}")
+    assert PROOFS[name] >= LEAST_SHAPES
+
+
+@pytest.mark.parametrize(
+    ("op", "field", "kind"),
+    [
+        ("attention", "num_kv_heads", "size"),
+        ("flash_attention_2", "len_kv", "length"),
+        ("flash_attention_2_backward", "head_dim_v", "size"),
+        ("fft_convolution", "len_filter", "length"),
+    ],
+)
+def test_a_size_that_may_be_left_out_is_still_a_size(op: str, field: str, kind: str) -> None:
+    param = registry.params(op)[field]
+    assert (param.kind, param.required, param.default) == (kind, False, None)
 
 
 def test_names_fold_case_hyphens_and_underscores() -> None:
@@ -48,6 +76,11 @@ def test_a_listed_system_without_a_model_says_so() -> None:
         ("mamba_scan", "channels", ("channels",)),
         ("softmax", "dim", ("cols",)),
         ("embedding", "tokens", ("num_tokens",)),
+        ("rope", "seq", ("num_tokens",)),
+        ("rope", "heads", ("num_heads",)),
+        ("rope", "dim", ("head_dim",)),
+        ("adam_step", "params", ("num_parameters",)),
+        ("adam_step", "parameters", ("num_parameters",)),
         ("matmul", "K", ("k",)),
     ],
 )

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from hwmodels.dtypes import BF16, FP8, FP16, FP32
 from hwmodels.errors import InputError
-from tests.workloads.proof import assert_proved
+from tests.workloads.proof import assert_proved, proves
 from workloads.machine import Machine
 from workloads.ops.selective_scan import SelectiveScan, SelectiveScanUnfused
 
@@ -40,7 +40,7 @@ def least_bytes(op: Scan) -> int:
     return high
 
 
-@settings(max_examples=200, deadline=None)
+@proves("mamba_scan")
 @given(op=fused, slack_bytes=st.integers(0, 6_000))
 def test_fused_program_counts_what_the_closed_form_says(
     op: SelectiveScan, slack_bytes: int
@@ -48,7 +48,7 @@ def test_fused_program_counts_what_the_closed_form_says(
     assert_proved(op, least_bytes(op) + slack_bytes)
 
 
-@settings(max_examples=200, deadline=None)
+@proves("mamba_scan_unfused")
 @given(op=unfused, slack_bytes=st.integers(0, 4_000))
 def test_unfused_program_counts_what_the_closed_form_says(
     op: SelectiveScanUnfused, slack_bytes: int

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from hwmodels.dtypes import BF16, FP8, FP32
 from hwmodels.errors import InputError
-from tests.workloads.proof import assert_proved
+from tests.workloads.proof import assert_proved, proves
 from workloads.ops.softmax import Softmax
 
 shapes = st.builds(
@@ -20,7 +20,7 @@ shapes = st.builds(
 memories = st.integers(24, 3000)
 
 
-@settings(max_examples=300, deadline=None)
+@proves("softmax", shapes=300)
 @given(op=shapes, fast_bytes=memories)
 def test_program_counts_what_the_closed_form_says(op: Softmax, fast_bytes: int) -> None:
     assert_proved(op, fast_bytes)

@@ -18,12 +18,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hwmodels.dtypes import BF16, FP32, DType
-from workloads.models.config import LatentAttention, TransformerConfig
+from workloads.models.architecture import LatentAttention, TransformerConfig
 from workloads.models.parameters import heads_per_rank, moe_of
-from workloads.numeric import Num, ceil_div, minimum, where
+from workloads.numeric import Condition, Num, ceil_div, minimum, where
 from workloads.plan import Plan, Recompute
 
 MASK_BYTES = 1
@@ -199,8 +198,7 @@ def layer_bytes(
     True
     """
     plan = plan or Plan()
-    tokens = ceil_div(batch * len_seq, plan.cp)
-    rows = ceil_div(tokens, plan.tp) if sequence_parallel else tokens
+    tokens, rows = _shares(plan, batch * len_seq, sequence_parallel)
     tensors = saved_tensors(
         cfg,
         kind=kind,
@@ -217,6 +215,12 @@ def layer_bytes(
     return where(_is(plan.recompute, Recompute.FULL), full, kept)
 
 
+def _shares(plan: Plan, num_tokens: Num, sequence_parallel: bool) -> tuple[Num, Num]:
+    """Tokens of one rank, and those whose rows it has where the sequence is split over tp."""
+    tokens = ceil_div(num_tokens, plan.cp)
+    return tokens, ceil_div(tokens, plan.tp) if sequence_parallel else tokens
+
+
 def _bytes(tensors: Iterable[SavedTensor], tokens: Num, rows: Num) -> Num:
     total: Num = 0
     for tensor in tensors:
@@ -224,7 +228,7 @@ def _bytes(tensors: Iterable[SavedTensor], tokens: Num, rows: Num) -> Num:
     return total
 
 
-def _is(value: Num, mode: Recompute) -> bool | NDArray[np.bool_]:
+def _is(value: Num, mode: Recompute) -> Condition:
     return np.equal(value, mode) if isinstance(value, np.ndarray) else value == mode
 
 
@@ -250,8 +254,7 @@ def ends_bytes(
     True
     """
     plan = plan or Plan()
-    tokens = ceil_div(batch * len_seq, plan.cp)
-    rows = ceil_div(tokens, plan.tp) if sequence_parallel else tokens
+    tokens, rows = _shares(plan, batch * len_seq, sequence_parallel)
     hidden, e = cfg.hidden_dim, dtype.bytes_per_element
     projected = cfg.embedding_dim != cfg.hidden_dim
     before = [_rows("embedding.dropout_mask", hidden, MASK_BYTES)] if dropout else []

@@ -23,15 +23,33 @@ Multi-token-prediction modules (DeepSeek-V3) and vision towers are not part of w
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Final, NoReturn, TypeAlias, final
+from typing import Final
 
 from hwmodels.errors import InputError, SpecError, UnknownNameError
+from workloads.models.architecture import (
+    LAYER_NORM,
+    AnyAttention,
+    Attention,
+    LatentAttention,
+    Mlp,
+    Moe,
+    TransformerConfig,
+)
+from workloads.models.keys import Keys, read_object
 
-RMS_NORM, LAYER_NORM = "rmsnorm", "layernorm"
+__all__ = [
+    "ACTIVATIONS",
+    "FAMILIES",
+    "Attention",
+    "LatentAttention",
+    "Mlp",
+    "Moe",
+    "TransformerConfig",
+    "load_hf_config",
+    "load_model",
+]
 
 ACTIVATIONS: Final = {
     "silu": "silu",
@@ -44,164 +62,7 @@ ACTIVATIONS: Final = {
 }
 """Activation names of configs, and the one of three counts each stands for."""
 
-MAX_SIZE: Final = 10**8
 MAX_LAYERS: Final = 10**5
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Attention:
-    """Multi-head attention; grouped or multi-query when `num_kv_heads` is smaller.
-
-    `rope_dim` elements of each head are rotated (0: positions enter elsewhere); `qk_norm` is an
-    RMSNorm over each head of q and k.
-    """
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rope_dim: int = 0
-    qkv_bias: bool = False
-    out_bias: bool = False
-    qk_norm: bool = False
-
-    def __post_init__(self) -> None:
-        if self.num_heads % self.num_kv_heads:
-            raise InputError(
-                f"num_kv_heads = {self.num_kv_heads} does not divide num_heads = {self.num_heads}; "
-                "give a divisor"
-            )
-
-    @property
-    def v_head_dim(self) -> int:
-        """Width of a value head: the same as of a query head."""
-        return self.head_dim
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LatentAttention:
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
-
-    K and V come from one latent of `kv_lora_rank` plus a rotated key of `qk_rope_head_dim` that
-    all heads share; q comes from a latent of `q_lora_rank` (None: straight from the hidden state).
-    """
-
-    num_heads: int
-    q_lora_rank: int | None
-    kv_lora_rank: int
-    qk_nope_head_dim: int
-    qk_rope_head_dim: int
-    v_head_dim: int
-    bias: bool = False
-
-    @property
-    def num_kv_heads(self) -> int:
-        """Every head has its own K and V once they are expanded from the latent."""
-        return self.num_heads
-
-    @property
-    def head_dim(self) -> int:
-        """Width of a query or key head: the part without and the part with rotation."""
-        return self.qk_nope_head_dim + self.qk_rope_head_dim
-
-    @property
-    def latent_dim(self) -> int:
-        """What the cache keeps per token: the K/V latent and the shared rotated key."""
-        return self.kv_lora_rank + self.qk_rope_head_dim
-
-
-AnyAttention: TypeAlias = Attention | LatentAttention
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mlp:
-    """A feed-forward block: two matrices, or three when `gated` (up, gate, down)."""
-
-    ffn_dim: int
-    gated: bool
-    activation: str
-    bias: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Moe:
-    """Mixture of experts; each expert has the form of the config's `mlp` without bias.
-
-    `layers` are the indices of the layers that have it. `shared_ffn_dim` is the width of all
-    shared experts together; `router_bias` the per-expert correction of DeepSeek-V3.
-    """
-
-    num_experts: int
-    num_active: int
-    expert_ffn_dim: int
-    layers: tuple[int, ...]
-    num_shared_experts: int = 0
-    shared_ffn_dim: int = 0
-    router_bias: bool = False
-
-    def __post_init__(self) -> None:
-        if self.num_active > self.num_experts:
-            raise InputError(
-                f"{self.num_active} active experts of {self.num_experts}; "
-                "a token cannot choose more experts than there are"
-            )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TransformerConfig:
-    """A decoder-only transformer.
-
-    `norms_per_layer` counts the norms over `hidden_dim` in one layer: 2, or 4 where each block
-    also normalises its output. `num_positions` rows of learned positions (0: none). The embedding
-    has `embedding_dim` columns and is projected where that differs from `hidden_dim`.
-    `num_windowed_layers` layers see only the last `window` positions.
-    """
-
-    name: str
-    family: str
-    hidden_dim: int
-    num_layers: int
-    vocab_size: int
-    attention: AnyAttention
-    mlp: Mlp
-    moe: Moe | None = None
-    norm: str = RMS_NORM
-    norms_per_layer: int = 2
-    final_norm: bool = True
-    tied_embeddings: bool = False
-    num_positions: int = 0
-    embedding_dim: int = 0
-    window: int | None = None
-    num_windowed_layers: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.embedding_dim:
-            object.__setattr__(self, "embedding_dim", self.hidden_dim)
-
-    @property
-    def num_moe_layers(self) -> int:
-        """Layers whose feed-forward block is a mixture of experts."""
-        return len(self.moe.layers) if self.moe else 0
-
-    @property
-    def num_dense_layers(self) -> int:
-        """Layers with a plain feed-forward block."""
-        return self.num_layers - self.num_moe_layers
-
-    @property
-    def kinds(self) -> dict[str, int]:
-        """Layers by kind, those kinds only that occur: {'dense': 3, 'moe': 58}."""
-        both = {"dense": self.num_dense_layers, "moe": self.num_moe_layers}
-        return {kind: count for kind, count in both.items() if count}
-
-    @property
-    def windowed_frac(self) -> float:
-        """Fraction of the layers whose attention is windowed."""
-        return self.num_windowed_layers / self.num_layers if self.window else 0.0
-
-    @property
-    def norm_dim(self) -> int:
-        """Parameters of one norm over the hidden state: a scale, and a bias for LayerNorm."""
-        return self.hidden_dim * (2 if self.norm == LAYER_NORM else 1)
 
 
 def load_model(path: str | Path) -> TransformerConfig:
@@ -225,7 +86,7 @@ def _folder(place: Path) -> Path:
 def load_hf_config(path: str | Path) -> TransformerConfig:
     """Read one `config.json`; raises a one-line `InputError` naming file, key and mend."""
     file = Path(path)
-    keys = _Keys(str(file), _object(file))
+    keys = Keys(str(file), read_object(file))
     family = keys.text("model_type")
     if family not in FAMILIES:
         raise UnknownNameError(
@@ -240,131 +101,8 @@ def load_hf_config(path: str | Path) -> TransformerConfig:
         raise InputError(f"{file}: {error}") from None
 
 
-def _object(file: Path) -> Mapping[str, object]:
-    """The JSON object in a file."""
-    try:
-        if not file.is_file():
-            problem = "is not a regular file" if file.exists() else "does not exist"
-            raise SpecError(file, "file", problem, "give the path of a config.json")
-        values = json.loads(file.read_bytes().decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        problem = f"is not UTF-8 text (byte {error.start})"
-        raise SpecError(file, "file", problem, "save it as UTF-8") from None
-    except json.JSONDecodeError as error:
-        problem = f"is not valid JSON: {error.msg} at line {error.lineno} column {error.colno}"
-        raise SpecError(file, "file", problem, "mend that line or fetch the file again") from None
-    except RecursionError:
-        raise SpecError(file, "file", "nests too deeply", "fetch the file again") from None
-    except OSError as error:
-        problem = f"cannot be read: {error.strerror}"
-        raise SpecError(file, "file", problem, "check the path and its rights") from None
-    except SpecError:
-        raise
-    except ValueError:
-        raise SpecError(file, "file", "holds an absurdly long number", "shorten it") from None
-    if not isinstance(values, dict):
-        problem = f"holds {_kind(values)}, not an object"
-        raise SpecError(file, "file", problem, 'start it with { "model_type": ... }')
-    return values
-
-
-def _kind(value: object) -> str:
-    """What a JSON value is, in words, cut to a length that fits one line."""
-    if isinstance(value, list):
-        return "a list"
-    if isinstance(value, dict):
-        return "an object"
-    text = json.dumps(value)
-    return text if len(text) <= 40 else text[:37] + "..."
-
-
-@final
-class _Keys:
-    """Typed access to one JSON object; whatever is wrong becomes one `SpecError`."""
-
-    __slots__ = ("file", "prefix", "values")
-
-    def __init__(self, file: str, values: Mapping[str, object], prefix: str = "") -> None:
-        self.file, self.values, self.prefix = file, values, prefix
-
-    def fail(self, key: str, problem: str, mend: str) -> NoReturn:
-        """Raise the error of that key."""
-        raise SpecError(self.file, self.prefix + key, problem, mend)
-
-    def has(self, key: str) -> bool:
-        """Present, and not null."""
-        return self.values.get(key) is not None
-
-    def child(self, key: str) -> _Keys:
-        """The object under a key."""
-        inner = self.values[key]
-        if not isinstance(inner, dict):
-            self.fail(key, f"is {_kind(inner)}, not an object", f'write "{key}": {{ ... }}')
-        return _Keys(self.file, inner, f"{self.prefix}{key}.")
-
-    def size(
-        self, key: str, default: int | None = None, *, most: int = MAX_SIZE, least: int = 1
-    ) -> int:
-        """A whole number in [least, most]; required unless there is a default."""
-        value = self.values.get(key)
-        if value is None:
-            if default is None:
-                self.fail(key, "missing", f'add "{key}": a whole number')
-            return default
-        if type(value) is not int:
-            self.fail(key, f"is {_kind(value)}, not a whole number", f"write {key} as an integer")
-        if not least <= value <= most:
-            self.fail(key, f"is {_kind(value)}", f"give a whole number from {least} to {most}")
-        return value
-
-    def flag(self, key: str, default: bool) -> bool:
-        """True or false; null counts as absent."""
-        value = self.values.get(key)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            self.fail(key, f"is {_kind(value)}, not true or false", "write true or false")
-        return value
-
-    def text(self, key: str, default: str | None = None) -> str:
-        """A text; required unless there is a default."""
-        value = self.values.get(key)
-        if value is None:
-            if default is None:
-                self.fail(key, "missing", f'add "{key}": "..."')
-            return default
-        if not isinstance(value, str):
-            self.fail(key, f"is {_kind(value)}, not a text", "write it in quotes")
-        return value
-
-    def items(self, key: str) -> Sequence[object]:
-        """A list; empty when absent."""
-        value = self.values.get(key)
-        if value is None:
-            return ()
-        if not isinstance(value, list):
-            self.fail(key, f"is {_kind(value)}, not a list", "write it as [ ... ]")
-        return value
-
-    def fraction(self, key: str, default: float) -> float:
-        """A number in [0, 1]."""
-        value = self.values.get(key)
-        if value is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            self.fail(key, f"is {_kind(value)}", "give a number from 0 to 1")
-        return float(value)
-
-    def activation(self, key: str, default: str) -> str:
-        """An activation by the name of its count."""
-        name = self.text(key, default)
-        if name not in ACTIVATIONS:
-            self.fail(key, f"is '{name[:40]}'", f"use one of {', '.join(ACTIVATIONS)}")
-        return ACTIVATIONS[name]
-
-
 def _attention(
-    keys: _Keys,
+    keys: Keys,
     *,
     num_kv_heads: int | None = None,
     num_heads: int | None = None,
@@ -391,7 +129,7 @@ def _attention(
     )
 
 
-def _head_dim(keys: _Keys, hidden_key: str, heads_key: str, heads: int, default: int | None) -> int:
+def _head_dim(keys: Keys, hidden_key: str, heads_key: str, heads: int, default: int | None) -> int:
     """`head_dim`, else the family's default, else the hidden size over the heads."""
     if default is not None or keys.has("head_dim"):
         return keys.size("head_dim", default)
@@ -402,29 +140,29 @@ def _head_dim(keys: _Keys, hidden_key: str, heads_key: str, heads: int, default:
     return hidden // heads
 
 
-def _num_layers(keys: _Keys, key: str = "num_hidden_layers") -> int:
+def _num_layers(keys: Keys, key: str = "num_hidden_layers") -> int:
     return keys.size(key, most=MAX_LAYERS)
 
 
-def _gated(keys: _Keys, *keys_of_activation: str, default: str = "silu") -> Mlp:
+def _gated(keys: Keys, *keys_of_activation: str, default: str = "silu") -> Mlp:
     """A gated block; the first activation key that is present counts."""
     present = [k for k in keys_of_activation if keys.has(k)]
     return Mlp(
         ffn_dim=keys.size("intermediate_size"),
         gated=True,
-        activation=keys.activation(present[0] if present else "hidden_act", default),
+        activation=keys.choice(present[0] if present else "hidden_act", default, ACTIVATIONS),
         bias=keys.flag("mlp_bias", False),
     )
 
 
-def _windowed(keys: _Keys, default_layers: int) -> int:
+def _windowed(keys: Keys, default_layers: int) -> int:
     """Layers with a sliding window: counted in `layer_types` where given."""
     kinds = keys.items("layer_types")
     return kinds.count("sliding_attention") if kinds else default_layers
 
 
 def _build(
-    keys: _Keys,
+    keys: Keys,
     name: str,
     *,
     attention: AnyAttention,
@@ -453,17 +191,17 @@ def _build(
     )
 
 
-def _llama(keys: _Keys, name: str) -> TransformerConfig:
+def _llama(keys: Keys, name: str) -> TransformerConfig:
     return _build(keys, name, attention=_attention(keys))
 
 
-def _phi3(keys: _Keys, name: str) -> TransformerConfig:
+def _phi3(keys: Keys, name: str) -> TransformerConfig:
     window = keys.size("sliding_window") if keys.has("sliding_window") else None
     layers = _num_layers(keys)
     return _build(keys, name, attention=_attention(keys), window=(window, layers))
 
 
-def _mistral(keys: _Keys, name: str) -> TransformerConfig:
+def _mistral(keys: Keys, name: str) -> TransformerConfig:
     # Later checkpoints switch the window off with an explicit null; only absence means 4096.
     off = "sliding_window" in keys.values and not keys.has("sliding_window")
     window = None if off else keys.size("sliding_window", 4096)
@@ -471,7 +209,7 @@ def _mistral(keys: _Keys, name: str) -> TransformerConfig:
     return _build(keys, name, attention=attention, window=(window, _num_layers(keys)))
 
 
-def _mixtral(keys: _Keys, name: str) -> TransformerConfig:
+def _mixtral(keys: Keys, name: str) -> TransformerConfig:
     layers = _num_layers(keys)
     window = keys.size("sliding_window") if keys.has("sliding_window") else None
     moe = Moe(
@@ -484,7 +222,7 @@ def _mixtral(keys: _Keys, name: str) -> TransformerConfig:
     return _build(keys, name, attention=attention, moe=moe, window=(window, layers))
 
 
-def _qwen_window(keys: _Keys) -> tuple[int | None, int]:
+def _qwen_window(keys: Keys) -> tuple[int | None, int]:
     if not keys.flag("use_sliding_window", False):
         return None, 0
     layers = _num_layers(keys)
@@ -492,17 +230,17 @@ def _qwen_window(keys: _Keys) -> tuple[int | None, int]:
     return keys.size("sliding_window", 4096), _windowed(keys, max(layers - first, 0))
 
 
-def _qwen2(keys: _Keys, name: str) -> TransformerConfig:
+def _qwen2(keys: Keys, name: str) -> TransformerConfig:
     attention = _attention(keys, num_kv_heads=32, qkv_bias=True)
     return _build(keys, name, attention=attention, window=_qwen_window(keys))
 
 
-def _qwen3(keys: _Keys, name: str) -> TransformerConfig:
+def _qwen3(keys: Keys, name: str) -> TransformerConfig:
     attention = _attention(keys, num_kv_heads=32, head_dim=128, qk_norm=True)
     return _build(keys, name, attention=attention, window=_qwen_window(keys))
 
 
-def _qwen3_moe(keys: _Keys, name: str) -> TransformerConfig:
+def _qwen3_moe(keys: Keys, name: str) -> TransformerConfig:
     step, dense = keys.size("decoder_sparse_step", 1), keys.items("mlp_only_layers")
     moe = Moe(
         num_experts=keys.size("num_experts"),
@@ -514,13 +252,13 @@ def _qwen3_moe(keys: _Keys, name: str) -> TransformerConfig:
     return _build(keys, name, attention=attention, moe=moe, window=_qwen_window(keys))
 
 
-def _gemma(keys: _Keys, name: str) -> TransformerConfig:
+def _gemma(keys: Keys, name: str) -> TransformerConfig:
     attention = _attention(keys, num_kv_heads=16, head_dim=256)
     mlp = _gated(keys, "hidden_activation", "hidden_act", default="gelu_pytorch_tanh")
     return _build(keys, name, attention=attention, mlp=mlp, tied=True)
 
 
-def _gemma2(keys: _Keys, name: str) -> TransformerConfig:
+def _gemma2(keys: Keys, name: str) -> TransformerConfig:
     windowed = _windowed(keys, -(-_num_layers(keys) // 2))
     return _build(
         keys,
@@ -533,7 +271,7 @@ def _gemma2(keys: _Keys, name: str) -> TransformerConfig:
     )
 
 
-def _gemma3_text(keys: _Keys, name: str) -> TransformerConfig:
+def _gemma3_text(keys: Keys, name: str) -> TransformerConfig:
     layers = _num_layers(keys)
     windowed = _windowed(keys, layers - layers // keys.size("sliding_window_pattern", 6))
     return _build(
@@ -548,11 +286,11 @@ def _gemma3_text(keys: _Keys, name: str) -> TransformerConfig:
     )
 
 
-def _gemma3(keys: _Keys, name: str) -> TransformerConfig:
+def _gemma3(keys: Keys, name: str) -> TransformerConfig:
     return _gemma3_text(keys.child("text_config") if keys.has("text_config") else keys, name)
 
 
-def _gpt2(keys: _Keys, name: str) -> TransformerConfig:
+def _gpt2(keys: Keys, name: str) -> TransformerConfig:
     hidden, heads = keys.size("n_embd"), keys.size("n_head")
     width = _head_dim(keys, "n_embd", "n_head", heads, None)
     attention = Attention(
@@ -568,7 +306,7 @@ def _gpt2(keys: _Keys, name: str) -> TransformerConfig:
         mlp=Mlp(
             ffn_dim=keys.size("n_inner", 4 * hidden),
             gated=False,
-            activation=keys.activation("activation_function", "gelu_new"),
+            activation=keys.choice("activation_function", "gelu_new", ACTIVATIONS),
             bias=True,
         ),
         norm=LAYER_NORM,
@@ -581,7 +319,7 @@ OPT_POSITION_OFFSET: Final = 2
 """Rows of OPT's position table in front of the first position."""
 
 
-def _opt(keys: _Keys, name: str) -> TransformerConfig:
+def _opt(keys: Keys, name: str) -> TransformerConfig:
     hidden, heads = keys.size("hidden_size"), keys.size("num_attention_heads")
     bias = keys.flag("enable_bias", True)
     width = _head_dim(keys, "hidden_size", "num_attention_heads", heads, None)
@@ -598,7 +336,7 @@ def _opt(keys: _Keys, name: str) -> TransformerConfig:
         mlp=Mlp(
             ffn_dim=keys.size("ffn_dim"),
             gated=False,
-            activation=keys.activation("activation_function", "relu"),
+            activation=keys.choice("activation_function", "relu", ACTIVATIONS),
             bias=bias,
         ),
         norm=LAYER_NORM,
@@ -609,7 +347,7 @@ def _opt(keys: _Keys, name: str) -> TransformerConfig:
     )
 
 
-def _deepseek(keys: _Keys, name: str) -> TransformerConfig:
+def _deepseek(keys: Keys, name: str) -> TransformerConfig:
     absent = "q_lora_rank" in keys.values and not keys.has("q_lora_rank")
     attention = LatentAttention(
         num_heads=keys.size("num_attention_heads"),
@@ -634,7 +372,7 @@ def _deepseek(keys: _Keys, name: str) -> TransformerConfig:
     return _build(keys, name, attention=attention, moe=moe)
 
 
-FAMILIES: Final[Mapping[str, Callable[[_Keys, str], TransformerConfig]]] = {
+FAMILIES: Final[Mapping[str, Callable[[Keys, str], TransformerConfig]]] = {
     "llama": _llama,
     "mistral": _mistral,
     "mixtral": _mixtral,

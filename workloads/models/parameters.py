@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hwmodels.errors import InputError
-from workloads.models.config import LatentAttention, Moe, TransformerConfig
+from workloads.models.architecture import LatentAttention, Moe, TransformerConfig
 from workloads.numeric import Num, ceil_div, where
 from workloads.plan import Plan
 

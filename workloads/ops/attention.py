@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, NamedTuple, TypeAlias
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,13 +18,10 @@ from hwmodels.dtypes import BF16, DType
 from hwmodels.errors import InputError
 from workloads.machine import Machine, SlowArray, Tile, Values
 from workloads.numeric import Num, any_true
-from workloads.op import Arrays, ProvedOp, checked_size
+from workloads.op import Arrays, ProvedOp
 from workloads.ops.matmul import Matmul
 from workloads.ops.softmax import Softmax
 from workloads.work import Work
-
-Size: TypeAlias = Num
-"""A size that a field may leave out (`Size | None`); checked by `AttentionOp.check`."""
 
 MASK_FLOPS = 2
 """Vector flops to mask one score: compare its indices, select."""
@@ -43,20 +40,16 @@ class AttentionOp(ProvedOp):
 
     batch: Num = 1
     num_heads: Num
-    num_kv_heads: Size | None = None
+    num_kv_heads: Num | None = None
     len_q: Num
-    len_kv: Size | None = None
+    len_kv: Num | None = None
     head_dim: Num
-    head_dim_v: Size | None = None
+    head_dim_v: Num | None = None
     causal: bool = False
     dtype: DType = BF16
 
     def check(self) -> None:
         """Refuse heads that do not divide, and causal queries that would see no key."""
-        for field in ("num_kv_heads", "len_kv", "head_dim_v"):
-            value = getattr(self, field)
-            if value is not None:
-                object.__setattr__(self, field, checked_size(self.name, field, value))
         if any_true(self.num_heads % self.kv_heads != 0):
             raise InputError(
                 f"{self.name}: num_kv_heads = {self.num_kv_heads} must divide "

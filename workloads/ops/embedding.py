@@ -14,10 +14,10 @@ from typing import ClassVar
 import numpy as np
 
 from hwmodels.dtypes import BF16, FP32, INT32, DType
-from workloads.machine import Machine
+from workloads.machine import Machine, slices
 from workloads.numeric import Num, floor, maximum, minimum
 from workloads.op import Arrays, ProvedOp, require_fit
-from workloads.ops.streamed import Lanes, slices
+from workloads.ops.streamed import Lanes
 from workloads.work import Work
 
 ID_BYTES = INT32.bytes_per_element

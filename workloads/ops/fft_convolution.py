@@ -39,9 +39,18 @@ from numpy.typing import NDArray
 
 from hwmodels.dtypes import FP16, FP32, DType
 from hwmodels.errors import InputError
-from workloads.machine import Machine, SlowArray, Tile
-from workloads.numeric import Num, any_true, ceil_div, maximum, minimum
-from workloads.op import Arrays, ProvedOp, checked_size, require_fit
+from workloads.machine import Machine, SlowArray, Tile, slices
+from workloads.numeric import (
+    Num,
+    any_true,
+    ceil_div,
+    ceil_log2,
+    floor_log2,
+    maximum,
+    minimum,
+    power_of_two,
+)
+from workloads.op import Arrays, ProvedOp, require_fit
 from workloads.work import Work
 
 COMPLEX64 = DType("complex64", 64, "fp32")
@@ -50,41 +59,7 @@ COMPLEX64 = DType("complex64", 64, "fp32")
 POINT_BYTES = 16
 """Fast memory per transform point: the point and a twiddle factor, both complex64."""
 
-OptionalLength: TypeAlias = Num | None
 Complex: TypeAlias = NDArray[np.complex128]
-
-
-def ceil_log2(size: Num) -> Num:
-    """The least q with 2**q >= size, exactly, for whole sizes from 1.
-
-    >>> [ceil_log2(s) for s in (1, 2, 3, 4, 5)], ceil_log2(np.array([1.0, 1024.0, 1025.0]))
-    ([0, 1, 2, 2, 3], array([ 0., 10., 11.]))
-    """
-    if isinstance(size, np.ndarray):
-        return np.frexp(size - 1)[1].astype(np.float64)
-    return (int(size) - 1).bit_length()
-
-
-def floor_log2(size: Num) -> Num:
-    """The greatest q with 2**q <= size, exactly, for sizes from 1 (rounded down first).
-
-    >>> floor_log2(1023.5), floor_log2(np.array([1.0, 1024.0]))
-    (9, array([ 0., 10.]))
-    """
-    if isinstance(size, np.ndarray):
-        return np.frexp(np.floor(size))[1] - 1.0
-    return int(size).bit_length() - 1
-
-
-def power_of_two(exponent: Num) -> Num:
-    """2**exponent for whole exponents from 0.
-
-    >>> power_of_two(10), power_of_two(np.array([0.0, 3.0]))
-    (1024, array([1., 8.]))
-    """
-    if isinstance(exponent, np.ndarray):
-        return np.ldexp(1.0, exponent.astype(np.int64))
-    return 1 << int(exponent)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +72,7 @@ class LongConvolution(ProvedOp):
     batch: Num
     channels: Num
     len_seq: Num
-    len_filter: OptionalLength = None
+    len_filter: Num | None = None
     gated: bool = False
     dtype: DType = FP16
 
@@ -105,12 +80,7 @@ class LongConvolution(ProvedOp):
         """The filter is no longer than the sequence; the format fits into fp32 transforms."""
         if self.dtype.bytes_per_element > FP32.bytes_per_element:
             raise InputError(f"{self.name}: dtype {self.dtype} is wider than its fp32 transforms")
-        if self.len_filter is None:
-            return
-        object.__setattr__(
-            self, "len_filter", checked_size(self.name, "len_filter", self.len_filter)
-        )
-        if any_true(np.greater(self.filter_len, self.len_seq)):
+        if self.len_filter is not None and any_true(self.len_filter > self.len_seq):
             raise InputError(
                 f"{self.name}: len_filter must not exceed len_seq; a causal filter's later taps "
                 "touch nothing, so cut it"
@@ -277,7 +247,7 @@ class _Pass:
     def blocks(self, fast_bytes: float) -> list[tuple[int, slice]]:
         """(index before, slice of the columns after) of what fast memory takes at a time."""
         columns = max(int(fast_bytes // (POINT_BYTES * self.size)), 1)
-        return [(b, part) for b in range(self.before) for part in _slices(self.after, columns)]
+        return [(b, part) for b in range(self.before) for part in slices(self.after, columns)]
 
     def factors(self, part: slice) -> Complex:
         """Twiddles exp(-2 pi i k r / (size after)) of columns r; k in bit-reversed order."""
@@ -385,7 +355,7 @@ def _product(mc: Machine, spectra: SlowArray, filters: SlowArray) -> None:
     points = max(int(mc.fast_bytes // POINT_BYTES), 1)
     with mc.kernel():
         for c in range(len(filters.values)):
-            for part in _slices(filters.values.shape[-1], points):
+            for part in slices(filters.values.shape[-1], points):
                 with mc.scope():
                     k = mc.load(filters, (c, part))
                     for i in range(len(spectra.values)):
@@ -416,11 +386,7 @@ def _multiply(mc: Machine, a: SlowArray, b: SlowArray, target: SlowArray) -> Non
 def _pieces(mc: Machine, target: SlowArray) -> list[tuple[int, slice]]:
     elements = int(mc.fast_bytes // POINT_BYTES)
     rows, length = target.values.shape
-    return [(row, part) for row in range(rows) for part in _slices(length, elements)]
-
-
-def _slices(size: int, step: int) -> list[slice]:
-    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+    return [(row, part) for row in range(rows) for part in slices(length, elements)]
 
 
 def _bit_reversed(size: int) -> NDArray[np.int64]:

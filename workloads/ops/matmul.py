@@ -21,7 +21,7 @@ from typing import ClassVar
 import numpy as np
 
 from hwmodels.dtypes import BF16, FP32, FP64, DType
-from workloads.machine import Machine, SlowArray
+from workloads.machine import Machine, SlowArray, slices
 from workloads.numeric import Num, ceil_div, floor, maximum, minimum, sqrt, where
 from workloads.op import Arrays, ProvedOp, require_fit
 from workloads.work import Work
@@ -139,11 +139,11 @@ class Matmul(ProvedOp):
     def _c_stays(
         self, mc: Machine, t: Mapping[str, int], i: int, a: SlowArray, b: SlowArray, c: SlowArray
     ) -> None:
-        for rows in _slices(int(self.m), t["tm"]):
-            for cols in _slices(int(self.n), t["tn"]):
+        for rows in slices(int(self.m), t["tm"]):
+            for cols in slices(int(self.n), t["tn"]):
                 with mc.scope():
                     acc = mc.full((_len(rows), _len(cols)), 0.0, _accumulator(self.dtype))
-                    for depth in _slices(int(self.k), t["tk"]):
+                    for depth in slices(int(self.k), t["tk"]):
                         with mc.scope():
                             left, right = mc.load(a, (i, rows, depth)), mc.load(b, (i, depth, cols))
                             mc.matmul(left, right, self.dtype, into=acc)
@@ -152,11 +152,13 @@ class Matmul(ProvedOp):
     def _a_stays(
         self, mc: Machine, t: Mapping[str, int], i: int, a: SlowArray, b: SlowArray, c: SlowArray
     ) -> None:
-        for rows in _slices(int(self.m), t["tm"]):
+        """A row panel of A beside strips of B; the sizes are those of the arrays given."""
+        num_rows, num_cols = c.values.shape[-2:]
+        depths = slices(int(self.k), t["tk"])
+        for rows in slices(num_rows, t["tm"]):
             with mc.scope():
-                depths = _slices(int(self.k), t["tk"])
                 panel = [mc.load(a, (i, rows, depth)) for depth in depths]
-                for cols in _slices(int(self.n), t["tn"]):
+                for cols in slices(num_cols, t["tn"]):
                     with mc.scope():
                         acc = mc.full((_len(rows), _len(cols)), 0.0, _accumulator(self.dtype))
                         for left, depth in zip(panel, depths, strict=True):
@@ -168,18 +170,9 @@ class Matmul(ProvedOp):
     def _b_stays(
         self, mc: Machine, t: Mapping[str, int], i: int, a: SlowArray, b: SlowArray, c: SlowArray
     ) -> None:
-        for cols in _slices(int(self.n), t["tn"]):
-            with mc.scope():
-                depths = _slices(int(self.k), t["tk"])
-                panel = [mc.load(b, (i, depth, cols)) for depth in depths]
-                for rows in _slices(int(self.m), t["tm"]):
-                    with mc.scope():
-                        acc = mc.full((_len(rows), _len(cols)), 0.0, _accumulator(self.dtype))
-                        for right, depth in zip(panel, depths, strict=True):
-                            with mc.scope():
-                                left = mc.load(a, (i, rows, depth))
-                                mc.matmul(left, right, self.dtype, into=acc)
-                        mc.store(acc, c, (i, rows, cols))
+        """C^T = B^T A^T: a panel of columns of B is a panel of rows of its transpose."""
+        turned = {**t, "tm": t["tn"], "tn": t["tm"]}
+        self._a_stays(mc, turned, i, _transposed(b), _transposed(a), _transposed(c))
 
 
 def _stationary_tile(
@@ -201,13 +194,14 @@ def _panel(rows: Num, strip: Num, row_bytes: Num, slice_bytes: Num, acc: float, 
     )
 
 
-def _slices(size: int, step: int) -> list[slice]:
-    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
-
-
 def _len(part: slice) -> int:
     return int(part.stop - part.start)
 
 
 def _accumulator(dtype: DType) -> DType:
     return FP64 if dtype == FP64 else FP32
+
+
+def _transposed(array: SlowArray) -> SlowArray:
+    """The same slow memory with its last two axes exchanged: addressing, not traffic."""
+    return SlowArray(array.values.swapaxes(-1, -2), array.dtype)

@@ -10,10 +10,10 @@ import numpy as np
 
 from hwmodels.dtypes import BF16, FP32, DType
 from hwmodels.errors import InputError
-from workloads.machine import Machine
+from workloads.machine import Machine, slices
 from workloads.numeric import Num, any_true, floor, minimum
 from workloads.op import Arrays, ProvedOp, require_fit
-from workloads.ops.streamed import Lanes, slices
+from workloads.ops.streamed import Lanes
 from workloads.work import Work
 
 

@@ -28,7 +28,7 @@ from typing import ClassVar
 import numpy as np
 
 from hwmodels.dtypes import BF16, FP32, DType
-from workloads.machine import Machine, SlowArray, Tile, Values
+from workloads.machine import Machine, SlowArray, Tile, Values, slices
 from workloads.numeric import Num, ceil_div, floor, maximum, minimum
 from workloads.op import Arrays, ProvedOp, require_fit
 from workloads.work import Work
@@ -172,13 +172,13 @@ class SelectiveScan(_SelectiveScan):
         tiles = {key: int(v) for key, v in self.tiling(machine.fast_bytes).items()}
         slow = self._place(machine, inputs)
         with machine.kernel():
-            for chans in _slices(int(self.channels), tiles["tile_channels"]):
+            for chans in slices(int(self.channels), tiles["tile_channels"]):
                 with machine.scope():
                     a, d = machine.load(slow["a"], chans), machine.load(slow["d"], chans)
                     for i in range(int(self.batch)):
                         with machine.scope():
                             h = machine.full(a.shape, 0.0)
-                            for steps in _slices(int(self.len_seq), tiles["tile_steps"]):
+                            for steps in slices(int(self.len_seq), tiles["tile_steps"]):
                                 with machine.scope():
                                     self._chunk(machine, slow, (i, steps, chans), a, d, h)
         return {"y": slow["y"].values}
@@ -271,7 +271,7 @@ class SelectiveScanUnfused(_SelectiveScan):
         slow |= {key: machine.empty(shape, self.state_dtype) for key in ("decay", "drive", "h")}
         for kernel in (self._discretise, self._scan, self._contract):
             with machine.kernel():
-                for chans in _slices(int(self.channels), tile):
+                for chans in slices(int(self.channels), tile):
                     with machine.scope():
                         kernel(machine, slow, chans)
         return {"y": slow["y"].values}
@@ -339,7 +339,3 @@ def _finish(mc: Machine, y: Tile, d: Values, x: Values, z: Values | None) -> Non
     mc.special(1 / gate.values, into=gate)
     mc.vector(z * gate.values, into=gate)
     mc.vector(y.values * gate.values, into=y)
-
-
-def _slices(size: int, step: int) -> list[slice]:
-    return [slice(start, min(start + step, size)) for start in range(0, size, step)]

@@ -19,7 +19,7 @@ from typing import ClassVar, TypeAlias
 import numpy as np
 
 from hwmodels.dtypes import BF16, FP32, DType
-from workloads.machine import Machine, SlowArray, Tile
+from workloads.machine import Machine, SlowArray, Tile, slices
 from workloads.numeric import Num, ceil_div, floor, minimum, where
 from workloads.op import Arrays, ProvedOp, require_fit
 from workloads.work import Work
@@ -119,8 +119,7 @@ class Softmax(ProvedOp):
         tiles = {key: int(v) for key, v in self.tiling(machine.fast_bytes).items()}
         one_tile = _whole_rows if tiles["passes"] == 1 else _row_in_chunks
         with machine.kernel():
-            for start in range(0, int(self.rows), tiles["tr"]):
-                rows = slice(start, min(start + tiles["tr"], int(self.rows)))
+            for rows in slices(int(self.rows), tiles["tr"]):
                 with machine.scope():
                     one_tile(machine, x, y, rows, tiles["tc"], prepare)
 
@@ -150,8 +149,7 @@ def _whole_rows(
 def _row_in_chunks(
     mc: Machine, x: SlowArray, y: SlowArray, rows: slice, width: int, prepare: Prepare | None
 ) -> None:
-    size = x.values.shape[1]
-    chunks = [slice(c, min(c + width, size)) for c in range(0, size, width)]
+    chunks = slices(x.values.shape[1], width)
     top, total = mc.full((1, 1), -np.inf), mc.full((1, 1), 0.0)
     for cols in chunks:
         with mc.scope():

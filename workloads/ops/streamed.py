@@ -10,10 +10,9 @@ from typing import TypeAlias
 import numpy as np
 
 from hwmodels.dtypes import DType
-from hwmodels.errors import InputError
-from workloads.machine import Machine, SlowArray, Tile, Values
-from workloads.numeric import Num, any_true, as_num, floor, is_scalar, minimum
-from workloads.op import ProvedOp, require_fit
+from workloads.machine import Machine, SlowArray, Tile, Values, slices
+from workloads.numeric import Condition, Num, floor, minimum
+from workloads.op import LIMIT, ProvedOp, checked_number, require_fit
 from workloads.work import Work
 
 
@@ -160,31 +159,18 @@ def stream(
                     machine.store(result.keep(target.dtype), target, part)
 
 
-def slices(size: int, step: int) -> list[slice]:
-    """Consecutive ranges of at most `step` that cover `size`.
-
-    >>> slices(5, 2)
-    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
-    """
-    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
-
-
 def set_non_negative(op: ProvedOp, field: str, *, whole: bool = False) -> None:
     """Check and normalise a field that, unlike a size, may be zero."""
     value = getattr(op, field)
-    if type(value) is int and 0 <= value < 2**52:
+    if type(value) is int and 0 <= value < LIMIT:
         return  # the common case, kept cheap
-    try:
-        number = as_num(value)
-    except (TypeError, ValueError):
-        raise InputError(f"{op.name}: {field} = {value!r} is not a number") from None
-    good = (number >= 0) & (number < 2**52)
-    if whole:
-        good = good & (number == np.floor(number))
-    if any_true(np.logical_not(good)):
-        rule = "a whole number from 0" if whole else "a number from 0"
-        shown = number if is_scalar(number) else np.asarray(number)[~np.asarray(good)][0]
-        raise InputError(f"{op.name}: {field} = {shown} must be {rule} to 2**52")
+    rule = "a whole number from 0" if whole else "a number from 0"
+
+    def good(number: Num) -> Condition:
+        natural = (number >= 0) & (number < LIMIT)
+        return natural & (number == np.floor(number)) if whole else natural
+
+    number = checked_number(op.name, field, value, good, f"{rule} to 2**52")
     object.__setattr__(op, field, number)
 
 

@@ -1,0 +1,166 @@
+"""A decoder-only transformer as data: the sizes that decide its counts, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from hwmodels.errors import InputError
+
+RMS_NORM, LAYER_NORM = "rmsnorm", "layernorm"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attention:
+    """Multi-head attention; grouped or multi-query when `num_kv_heads` is smaller.
+
+    `rope_dim` elements of each head are rotated (0: positions enter elsewhere); `qk_norm` is an
+    RMSNorm over each head of q and k.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_dim: int = 0
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise InputError(
+                f"num_kv_heads = {self.num_kv_heads} does not divide num_heads = {self.num_heads}; "
+                "give a divisor"
+            )
+
+    @property
+    def v_head_dim(self) -> int:
+        """Width of a value head: the same as of a query head."""
+        return self.head_dim
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentAttention:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+    K and V come from one latent of `kv_lora_rank` plus a rotated key of `qk_rope_head_dim` that
+    all heads share; q comes from a latent of `q_lora_rank` (None: straight from the hidden state).
+    """
+
+    num_heads: int
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    bias: bool = False
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Every head has its own K and V once they are expanded from the latent."""
+        return self.num_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a query or key head: the part without and the part with rotation."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def latent_dim(self) -> int:
+        """What the cache keeps per token: the K/V latent and the shared rotated key."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+
+AnyAttention: TypeAlias = Attention | LatentAttention
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mlp:
+    """A feed-forward block: two matrices, or three when `gated` (up, gate, down)."""
+
+    ffn_dim: int
+    gated: bool
+    activation: str
+    bias: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moe:
+    """Mixture of experts; each expert has the form of the config's `mlp` without bias.
+
+    `layers` are the indices of the layers that have it. `shared_ffn_dim` is the width of all
+    shared experts together; `router_bias` the per-expert correction of DeepSeek-V3.
+    """
+
+    num_experts: int
+    num_active: int
+    expert_ffn_dim: int
+    layers: tuple[int, ...]
+    num_shared_experts: int = 0
+    shared_ffn_dim: int = 0
+    router_bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_active > self.num_experts:
+            raise InputError(
+                f"{self.num_active} active experts of {self.num_experts}; "
+                "a token cannot choose more experts than there are"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransformerConfig:
+    """A decoder-only transformer.
+
+    `norms_per_layer` counts the norms over `hidden_dim` in one layer: 2, or 4 where each block
+    also normalises its output. `num_positions` rows of learned positions (0: none). The embedding
+    has `embedding_dim` columns and is projected where that differs from `hidden_dim`.
+    `num_windowed_layers` layers see only the last `window` positions.
+    """
+
+    name: str
+    family: str
+    hidden_dim: int
+    num_layers: int
+    vocab_size: int
+    attention: AnyAttention
+    mlp: Mlp
+    moe: Moe | None = None
+    norm: str = RMS_NORM
+    norms_per_layer: int = 2
+    final_norm: bool = True
+    tied_embeddings: bool = False
+    num_positions: int = 0
+    embedding_dim: int = 0
+    window: int | None = None
+    num_windowed_layers: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.embedding_dim:
+            object.__setattr__(self, "embedding_dim", self.hidden_dim)
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Layers whose feed-forward block is a mixture of experts."""
+        return len(self.moe.layers) if self.moe else 0
+
+    @property
+    def num_dense_layers(self) -> int:
+        """Layers with a plain feed-forward block."""
+        return self.num_layers - self.num_moe_layers
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """Layers by kind, those kinds only that occur: {'dense': 3, 'moe': 58}."""
+        both = {"dense": self.num_dense_layers, "moe": self.num_moe_layers}
+        return {kind: count for kind, count in both.items() if count}
+
+    @property
+    def windowed_frac(self) -> float:
+        """Fraction of the layers whose attention is windowed."""
+        return self.num_windowed_layers / self.num_layers if self.window else 0.0
+
+    @property
+    def norm_dim(self) -> int:
+        """Parameters of one norm over the hidden state: a scale, and a bias for LayerNorm."""
+        return self.hidden_dim * (2 if self.norm == LAYER_NORM else 1)
