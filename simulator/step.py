@@ -345,7 +345,7 @@ def _ends_on_slowest(times: LayerTimes, plan: Plan) -> tuple[Num, Num]:
     head, embedding = times.head.lower_s, times.embedding.lower_s
     return (
         where(alone | (embedding > head), 1.0, 0.0),
-        where(alone | (embedding > head), 1.0, 0.0),
+        where(alone | (embedding <= head), 1.0, 0.0),
     )
 
 

@@ -383,6 +383,35 @@ def test_the_ring_hides_under_attention_or_shows_its_excess() -> None:
     assert shown.seconds_by_piece[CONTEXT] > 0
 
 
+def test_the_ring_runs_twice_on_the_way_back() -> None:
+    """K and V once more, and their gradients."""
+    t = layer_times(train(LLAMA, batch=1), plan=Plan(cp=8), on=H100, recipe=BF16)
+    assert t.exchange_backward[CONTEXT] == 2 * t.exchange_forward[CONTEXT] > 0
+
+
+def test_sends_show_while_the_pipeline_fills_and_drains() -> None:
+    """Three hops of one micro-batch's activations each way, rows split over tp."""
+    on_nodes = run(train(LLAMA, batch=8), Plan(tp=8, pp=4))
+    hop_s = 4096 / 8 * 4096 * 2 / 50e9
+    assert on_nodes.seconds_by_piece[PIPELINE] == pytest.approx(6 * hop_s, rel=1e-12)
+    inside = run(train(LLAMA, batch=8), Plan(tp=2, pp=4))
+    hop_s = 4096 / 2 * 4096 * 2 / 450e9
+    assert inside.seconds_by_piece[PIPELINE] == pytest.approx(6 * hop_s, rel=1e-12)
+
+
+def test_what_hides_the_ring_hides_no_gradients() -> None:
+    """gpt2, cp = 4: the window for gradients is the backward pass less the hidden ring."""
+    cfg, plan = model("gpt2"), Plan(cp=4)
+    step = train(cfg, batch=1, len_seq=2048)
+    t = layer_times(step, plan=plan, on=H100, recipe=BF16)
+    hidden = t.exchange_backward[CONTEXT] - t.exposed_backward[CONTEXT]
+    assert hidden > 0
+    reduce_s = 5 / 4 * 4 * count_parameters(cfg).total / 450e9
+    expected = reduce_s - 12 * (t.backward.lower_s - hidden)
+    assert expected > 0
+    assert run(step, plan).seconds_by_piece[DATA] == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_ring_over_two_nodes_waits_for_the_network() -> None:
     step = train(LLAMA, batch=1, len_seq=16384)
     inside, outside = (
@@ -582,6 +611,8 @@ def test_decoding_over_arrays_agrees_with_scalars() -> None:
 
 
 def test_the_first_position_counts_as_one() -> None:
+    for name in MODELS:
+        assert infer(decode_step(model(name), batch=1, len_context=1)).model_flops > 0
     e = infer(decode_step(LLAMA, batch=1, len_context=1))
     assert e.model_flops == pytest.approx(2 * 7_504_658_432 + 4 * 32 * 32 * 128 / 2, rel=1e-9)
 
