@@ -1,8 +1,8 @@
 """Quantities as people write them, both ways: `3.35TB/s` to 3.35e12 and back.
 
-Prefixes. For bytes, rates, seconds: k, M, G, T, P are powers of 1000 and Ki, Mi, Gi, Ti, Pi of
-1024. For counts the same, in either case; but in a *length* (a sequence length, where the field
-says 128k and means 131072) k, M and G are powers of 1024 as well.
+Prefixes. Counts and sizes have binary ones, in either case: 4k is 4096 and 1M is 1048576, since
+sizes on a GPU are powers of two; a round decimal is written out, 100000 or 1e5. In bytes, rates,
+hertz and watts k, M, G, T, P are powers of 1000, and Ki, Mi, Gi, Ti, Pi of 1024.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ PIB: Final = 2**50
 
 _DECIMAL: Final = {"k": KB, "M": MB, "G": GB, "T": TB, "P": PB}
 _BINARY: Final = {"Ki": KIB, "Mi": MIB, "Gi": GIB, "Ti": TIB, "Pi": PIB}
+_COUNTS: Final = {"": 1} | {p.casefold()[:n]: f for p, f in _BINARY.items() for n in (1, 2)}
 _SMALL: Final = {"m": 1e-3, "u": 1e-6, "µ": 1e-6, "μ": 1e-6, "n": 1e-9, "p": 1e-12}
 _NUMBER: Final = re.compile(r"([+-]?(?:\d[\d_]*\.?[\d_]*|\.\d+)(?:[eE][+-]?\d+)?)\s*(.*)", re.S)
 
@@ -73,18 +74,18 @@ def parse(text: str, kind: str, what: str = "quantity") -> float:
     return _scaled(number, factor)
 
 
-def parse_count(text: str, what: str = "count", *, is_length: bool = False) -> float:
-    """A count, an int where it is whole; k, M, G are powers of 1024 where it is a length.
+def parse_count(text: str, what: str = "count") -> float:
+    """A count, an int where it is whole; k, M, G are powers of 1024 and so are Ki, Mi, Gi.
 
-    >>> parse_count("128k"), parse_count("128k", is_length=True), parse_count("1e5")
-    (128000, 131072, 100000)
+    >>> parse_count("128k"), parse_count("1M"), parse_count("1e5"), parse_count("1.5")
+    (131072, 1048576, 100000, 1.5)
     """
     number, rest = _split(text, what, "give a number such as 8192 or 128k")
-    factor = 1 if not rest else _count_prefix(rest, is_length)
+    factor = _COUNTS.get(rest.casefold())
     if factor is None:
         raise InputError(
             f"{what} = '{shown(text)}' has an unknown suffix '{shown(rest)}'; "
-            "give a number such as 8192, 128k, 1M or 128Ki"
+            "give a number such as 8192, 128k or 1M (k = 1024)"
         )
     value = number * factor
     return int(value) if value == int(value) else value
@@ -131,15 +132,6 @@ def _prefix(prefix: str, *, allow_small: bool) -> float | None:
         return 1.0
     large = None if allow_small else (_DECIMAL | _BINARY | {"K": KB}).get(prefix)
     return _SMALL.get(prefix) if allow_small else large
-
-
-def _count_prefix(suffix: str, is_length: bool) -> int | None:
-    letter = suffix[0].upper() if suffix[0] not in "kK" else "k"
-    if suffix[1:] == "i":
-        return _BINARY.get(letter.upper() + "i")
-    if suffix[1:]:
-        return None
-    return _BINARY.get(letter.upper() + "i") if is_length else _DECIMAL.get(letter)
 
 
 def _scaled(number: float, factor: float) -> float:

@@ -18,11 +18,11 @@ MAX_POINTS: Final = 1_000_000
 """Points in one sweep; more would only fill memory."""
 
 PARAM_HELP: Final = (
-    "Size or setting of the op, e.g. seq=8k, heads=32, dtype=fp16, causal=true. In lengths k, M "
-    "are 1024, 1024^2; in other counts 1000, 1000^2. OP.key=value is for that op alone."
+    "Size or setting of the op, e.g. seq=8k, heads=32, dtype=fp16, causal=true; may repeat. "
+    "k, M, G are 1024, 1024^2, 1024^3. OP.key=value is for that op alone."
 )
 OVER_HELP: Final = (
-    "Values to sweep: seq=1k:1M:x2 (geometric), m=128:4096:+128 (even steps), seq=1k,4k,64k."
+    "Values to sweep: seq=1k:1M:x2 (geometric), m=128:4k:+128 (even steps) or seq=1k,4k,64k."
 )
 
 
@@ -32,7 +32,6 @@ class Over:
 
     key: str
     values: tuple[int, ...]
-    is_length: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +78,10 @@ def ops_asked(
 
 
 def parse_over(text: str, names: Sequence[str]) -> Over:
-    """The values of `--over`; k and M as in that parameter elsewhere.
+    """The values of `--over`, in the order given.
 
     >>> parse_over("m=1k:8k:x2", ["matmul"]).values
-    (1000, 2000, 4000, 8000)
+    (1024, 2048, 4096, 8192)
     >>> parse_over("m=64:256:+64", ["matmul"]).values
     (64, 128, 192, 256)
     """
@@ -96,12 +95,11 @@ def parse_over(text: str, names: Sequence[str]) -> Over:
     }
     if not kinds <= {"length", "size"}:
         raise InputError(f"--over {shown(key)} is not a size; sweep a length or a count")
-    is_length = "length" in kinds
     bounds = spec.split(":")
     if len(bounds) == 1:
-        raw = [parse_count(v, f"--over {key}", is_length=is_length) for v in spec.split(",")]
+        raw = [parse_count(v, f"--over {key}") for v in spec.split(",")]
     elif len(bounds) == 3:
-        raw = _stepped(bounds, f"--over {key}", is_length)
+        raw = _stepped(bounds, f"--over {key}")
     else:
         raise InputError(
             f"--over '{shown(text)}' is not a range; write {shown(key)}=1k:1M:x2, "
@@ -110,15 +108,15 @@ def parse_over(text: str, names: Sequence[str]) -> Over:
     if any(value != int(value) or value < 1 for value in raw):
         raise InputError(f"--over {shown(text)} has values that are not whole and positive")
     values = tuple(dict.fromkeys(int(value) for value in raw))
-    return Over(key=key, values=values, is_length=is_length)
+    return Over(key=key, values=values)
 
 
-def _stepped(bounds: Sequence[str], what: str, is_length: bool) -> list[float]:
-    start, stop = (parse_count(text, what, is_length=is_length) for text in bounds[:2])
+def _stepped(bounds: Sequence[str], what: str) -> list[float]:
+    start, stop = (parse_count(text, what) for text in bounds[:2])
     match = re.fullmatch(r"\s*([x*+])(.+)", bounds[2])
     if match is None:
         raise InputError(f"{what}: step '{shown(bounds[2])}' is neither a factor x2 nor a sum +128")
-    step = parse_count(match[2], f"{what} step", is_length=is_length and match[1] == "+")
+    step = parse_count(match[2], f"{what} step")
     if start < 1 or stop < start:
         raise InputError(f"{what} runs from {start:g} to {stop:g}; give 1 <= start <= stop")
     if match[1] == "+":
@@ -204,4 +202,4 @@ def _value(param: Param, text: str, what: str) -> object:
         return parse(text, "frac", what)
     if param.kind == "text":
         return text
-    return parse_count(text, what, is_length=param.kind == "length")
+    return parse_count(text, what)

@@ -13,7 +13,12 @@ if TYPE_CHECKING:
 
 
 def record(e: Estimate) -> dict[str, Any]:
-    """The whole answer of one estimate; numbers or arrays, as the op has them."""
+    """The whole answer of one estimate; numbers or arrays, as the op has them.
+
+    `work` counts what the tiles compute; its `needed_*` leave out what they mask, and those are
+    what the times divide by the rates.
+    """
+    needed = e.op.unmasked(e.work)
     return {
         "op": e.op.name,
         "params": params_of(e),
@@ -29,6 +34,9 @@ def record(e: Estimate) -> dict[str, Any]:
             "tensor_flops": {str(d): f for d, f in e.work.tensor_flops.items()},
             "vector_flops": e.work.vector_flops,
             "special_ops": e.work.special_ops,
+            "needed_tensor_flops": {str(d): f for d, f in needed.tensor_flops.items()},
+            "needed_vector_flops": needed.vector_flops,
+            "needed_special_ops": needed.special_ops,
             "read_bytes": e.work.read_bytes,
             "write_bytes": e.work.write_bytes,
             "launches": e.work.launches,
@@ -51,8 +59,10 @@ def params_of(e: Estimate) -> dict[str, Any]:
 
 def io_lower_bound_bytes(e: Estimate) -> Any:
     """Device-memory bytes that no algorithm for this result can avoid, given the level above."""
-    above = e.device.memory[-2]
-    return e.op.io_lower_bound_bytes(above.capacity_bytes * above.num_units)
+    from simulator.estimate import boundaries
+
+    _, fast_bytes, _ = boundaries(e.device)[-1]
+    return e.op.io_lower_bound_bytes(fast_bytes)
 
 
 def sources(e: Estimate) -> dict[str, dict[str, Any]]:

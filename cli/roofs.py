@@ -2,9 +2,9 @@
 
 Attainable FLOP/s at intensity I is min(P, I * B) for a compute roof P and a level of bandwidth B
 (Williams et al. 2009); their corner, the ridge, is at I = P / B. An op with matrix products is
-placed by its matrix flops, any other by its vector flops: then an op on the bound rung lies
-exactly on the roof that binds it, and below all of them where something else does (special
-functions, or vector flops beside products).
+placed by its matrix flops, any other by its vector flops, as many as its result needs: then an op
+on the bound rung lies exactly on the roof that binds it, and below all of them where something
+else does (special functions, or vector flops beside products).
 """
 
 from __future__ import annotations
@@ -126,8 +126,9 @@ def roofs_of(device: Device, series: Iterable[Series]) -> Roofs:
 def place_of(series: Series) -> Place:
     """Where an op stands under its device's roofs."""
     e = series.estimate
-    tensor = sum(e.work.tensor_flops.values(), start=0.0)
-    flops = series.along(tensor if e.work.tensor_flops else e.work.vector_flops)
+    needed = e.op.unmasked(e.work)
+    tensor = sum(needed.tensor_flops.values(), start=0.0)
+    flops = series.along(tensor if needed.tensor_flops else needed.vector_flops)
     if not (flops > 0).all():
         raise InputError(
             f"{series.op_name} does no floating-point work; a roofline cannot place it"

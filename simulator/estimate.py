@@ -2,19 +2,19 @@
 
 This file holds the *bound* rung, the roofline with every memory level:
 
-    t_tensor  = sum over formats of min_flops / rate           (vector units where no tensor path)
+    t_tensor  = sum over formats of tensor_flops / rate        (vector units where no tensor path)
     t_vector  = vector_flops / fp32 rate                       (same resource as the above)
     t_special = special_ops / special-function rate
     t_level   = bytes across the boundary above the level / bandwidth of the level
     lower_s   = max over resources,  upper_s = sum over resources
 
 The bytes of a level are what the op moves when its fast memory is what lies above that level: HBM
-bytes with an L2-sized fast memory, L2 bytes with one SM's shared memory and registers together
+bytes with all that the chip holds, L2 bytes with one SM's shared memory and registers together
 (kernels fill both: operands here, accumulators there), shared-memory bytes with one SM's
-registers. Flops are those the result needs: a kernel's tiles may compute masked parts besides,
-but another tiling need not. Source: Williams et al. 2009 (roofline), extended to a hierarchy as
-by Ilic et al. 2014 (cache-aware roofline). Ignored: launch latency, occupancy, waves, ramps, clock
-droop; so a cold kernel is never faster than `lower_s`, and a real one is slower.
+registers. Flops and special functions are those the result needs: a kernel's tiles may compute
+masked parts besides, but another tiling need not. Source: Williams et al. 2009 (roofline), extended
+to a hierarchy as by Ilic et al. 2014 (cache-aware roofline). Ignored: launch latency, occupancy,
+waves, ramps, clock droop; so a cold kernel is never faster than `lower_s`; a real one is slower.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwmodels.device import Device, MemoryLevel
-from hwmodels.dtypes import FP32, DType
+from hwmodels.dtypes import FP32
 from hwmodels.errors import UnsupportedError
 from workloads.numeric import Num, maximum
 from workloads.op import Op
@@ -90,9 +90,7 @@ class Estimate:
     @property
     def limit_s(self) -> Num:
         """Time no algorithm for this result can beat: minimal flops, or minimal HBM bytes."""
-        # All that the chip holds together: an accumulator in registers needs no room in the L2.
-        fast = sum(level.capacity_bytes * level.num_units for level in self.device.memory[:-1])
-        fast += (self.device.sm.tensor_memory_bytes or 0) * self.device.num_sms
+        _, fast, _ = boundaries(self.device)[-1]
         bandwidth = rated(self.device, self.device.hbm)
         limit = self.op.io_lower_bound_bytes(fast) / bandwidth
         for dtype, flops in self.op.min_flops().items():
@@ -118,12 +116,8 @@ def estimate(op: Op, *, on: Device) -> Estimate:
     level_bytes: dict[str, Num] = {}
     unrated: list[str] = []
     work: Work | None = None
-    # What one SM holds for itself: registers, shared memory, Blackwell's tensor memory.
-    private_bytes = float(on.sm.tensor_memory_bytes or 0)
-    for fast, slow in itertools.pairwise(on.memory):
-        private = fast.num_units > 1
-        private_bytes += fast.capacity_bytes if private else 0.0
-        work_here = op.work(private_bytes if private else fast.capacity_bytes)
+    for slow, fast_bytes, private in boundaries(on):
+        work_here = op.work(fast_bytes)
         level_bytes[slow.name] = work_here.bytes
         if work is None or private:
             work = work_here
@@ -133,7 +127,7 @@ def estimate(op: Op, *, on: Device) -> Estimate:
             seconds[slow.name] = work_here.bytes / slow.bytes_per_s
     if work is None:
         raise UnsupportedError(f"{on.id} has a single memory level; a roofline needs two")
-    compute, unrated_units, notes = compute_seconds(work, op.min_flops(), on)
+    compute, unrated_units, notes = compute_seconds(op.unmasked(work), on)
     return Estimate(
         op=op,
         device=on,
@@ -146,14 +140,35 @@ def estimate(op: Op, *, on: Device) -> Estimate:
     )
 
 
+def boundaries(device: Device) -> tuple[tuple[MemoryLevel, float, bool], ...]:
+    """(level, bytes of fast memory above it, whether one SM has that to itself), fast to slow.
+
+    Above a level that all SMs share lies everything on the chip; above the first shared level,
+    what one SM holds: registers, shared memory, Blackwell's tensor memory.
+
+    >>> from hwmodels import catalog
+    >>> [(b[0].name, b[1] / 2**10) for b in boundaries(catalog.device("a100-sxm4-80gb"))]
+    [('smem', 256.0), ('l2', 420.0), ('hbm', 86320.0)]
+    """
+    tensor_memory = float(device.sm.tensor_memory_bytes or 0)
+    own, everything = tensor_memory, tensor_memory * device.num_sms
+    found = []
+    for fast, slow in itertools.pairwise(device.memory):
+        private = fast.num_units > 1
+        own += fast.capacity_bytes if private else 0.0
+        everything += fast.capacity_bytes * fast.num_units
+        found.append((slow, own if private else everything, private))
+    return tuple(found)
+
+
 def compute_seconds(
-    work: Work, tensor_flops: Mapping[DType, Num], on: Device
+    work: Work, on: Device
 ) -> tuple[dict[str, Num], tuple[str, ...], tuple[str, ...]]:
     """Seconds on tensor, vector and special-function units; what has no rate; notes."""
     seconds: dict[str, Num] = {}
     unrated: list[str] = []
     notes: list[str] = []
-    for dtype, flops in tensor_flops.items():
+    for dtype, flops in work.tensor_flops.items():
         rate, unit = on.matmul_rate_flops_per_s(dtype)
         seconds[unit] = seconds.get(unit, 0.0) + flops / rate
         if unit == "vector":

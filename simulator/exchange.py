@@ -13,25 +13,29 @@ from hwmodels.cluster import Cluster
 from simulator.network import estimate_collective
 from workloads.models.config import TransformerConfig
 from workloads.models.parameters import heads_per_rank
-from workloads.numeric import Num, ceil_div
+from workloads.numeric import Num, ceil_div, where
 from workloads.ops.collective import Collective
 from workloads.plan import Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exchange:
-    """`forward` times a collective in the forward pass of a layer, `backward` in its backward."""
+    """`forward` times a collective in the forward pass of a layer, `backward` in its backward.
+
+    `hidden` more run in the backward pass under kernels that do not wait for them.
+    """
 
     piece: str
     collective: Collective
     stride: Num
     forward: Num
     backward: Num
+    hidden: Num = 0
 
-    def seconds(self, *, on: Cluster) -> tuple[Num, Num]:
-        """Bound-rung seconds in the forward and in the backward pass."""
+    def seconds(self, *, on: Cluster) -> tuple[Num, Num, Num]:
+        """Bound-rung seconds in the forward pass, in the backward pass, and hidden in it."""
         once = estimate_collective(self.collective, on=on, stride=self.stride).lower_s
-        return self.forward * once, self.backward * once
+        return self.forward * once, self.backward * once, self.hidden * once
 
 
 TENSOR, CONTEXT, EXPERT = "tensor parallel", "context parallel", "expert parallel"
@@ -44,8 +48,9 @@ def layer_exchanges(
 
     Tensor parallel with sequence parallelism (Korthikanti et al. 2022, section 4.2.2): each of
     the two blocks gathers its input and scatters its output, and the same again for gradients.
-    Routed experts are gathered and scattered behind the all-to-all, one row for each expert a
-    token chose (what their ops count), shared experts beside them.
+    Its weight gradients gather that input once more, hidden under the gradient itself. Behind an
+    all-to-all, routed experts are gathered and scattered row by row, one for each expert a token
+    chose, and shared experts beside them; without one, every rank routes the gathered tokens.
     Context parallel ring (Liu et al. 2023, arXiv 2310.01889): K and V pass cp - 1 neighbours;
     backward passes them again with their gradients. Experts: tokens go out and come back through
     all-to-all, and so do their gradients.
@@ -53,7 +58,7 @@ def layer_exchanges(
     tokens = plan.micro_batch * ceil_div(len_seq, plan.cp)
     hidden_bytes = tokens * cfg.hidden_dim * element_bytes
     routed_rows = cfg.moe.num_active if kind == "moe" and cfg.moe else 0
-    block_rows = routed_rows + bool(cfg.moe and cfg.moe.shared_ffn_dim) if routed_rows else 1
+    block_rows = _rows_per_token(cfg, plan) if routed_rows else 1
     found = [
         Exchange(
             piece=TENSOR,
@@ -61,6 +66,7 @@ def layer_exchanges(
             stride=1,
             forward=1,
             backward=1,
+            hidden=1 if kind_of == "all_gather" else 0,
         )
         for rows in (1, block_rows)
         for kind_of in ("all_gather", "reduce_scatter")
@@ -87,6 +93,13 @@ def layer_exchanges(
             )
         )
     return tuple(found)
+
+
+def _rows_per_token(cfg: TransformerConfig, plan: Plan) -> Num:
+    """Rows that tensor-parallel ranks exchange for a token at the edges of an MoE block."""
+    assert cfg.moe is not None
+    behind = cfg.moe.num_active + (1 if cfg.moe.shared_ffn_dim else 0)
+    return where(plan.ep > 1, behind, 1)
 
 
 def kv_elements_per_token(cfg: TransformerConfig, tp: Num = 1) -> Num:

@@ -1,7 +1,8 @@
 """Seconds of one collective on a cluster of link levels: the bandwidth bound with known latencies.
 
-A group of n ranks, `stride` ranks apart, has m_i = min(n, size_i / stride) members inside one
-group of level i, so k_i = m_i / m_(i-1) parties meet at level i. All-reduce, all-gather,
+A group of n ranks, `stride` ranks apart, has m_i = gcd(n, size_i / stride) members inside one
+group of level i (min of the two where one divides the other; a group that straddles is as slow as
+its worst part), so k_i = m_i / m_(i-1) parties meet at level i. All-reduce, all-gather,
 reduce-scatter and broadcast run hierarchically: level i handles a 1 / m_(i-1) share of the buffer
 between k_i parties, every accelerator on its own link. All-to-all is flat: level i carries what is
 addressed beyond level i-1. Send-receive shifts a ring: each rank sends to the next, so that some
@@ -12,6 +13,7 @@ nothing where none is. Protocols, chunking and contention are ignored: links run
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -19,7 +21,7 @@ import numpy as np
 
 from hwmodels.cluster import Cluster, LinkLevel
 from hwmodels.errors import UnsupportedError
-from workloads.numeric import Num, any_true, floor, maximum, minimum, where
+from workloads.numeric import Num, any_true, is_scalar, maximum, minimum, where
 from workloads.ops.collective import Collective
 
 
@@ -69,11 +71,28 @@ def estimate_collective(
     inside: Num = 1
     for index, level in enumerate(on.levels):
         last = index == len(on.levels) - 1
-        reach = collective.num_ranks if last else maximum(floor(level.size / stride), 1)
-        members = minimum(collective.num_ranks, reach)
+        n = collective.num_ranks
+        alone = last or on.num_accelerators <= level.size
+        members = n if alone else _members(n, level.size, stride)
         seconds[level.name] = _level_seconds(collective, level, inside, members)
         inside = members
     return CollectiveEstimate(seconds_by_level=seconds)
+
+
+def _members(num_ranks: Num, size: float, stride: Num) -> Num:
+    """Ranks of every group that surely share one group of a level.
+
+    Groups lie side by side, so those of 3 ranks over nodes of 8 straddle: only the greatest
+    common divisor of the group and of the ranks a node takes is inside in each of them. A stride
+    that does not divide the node puts neighbours anywhere: none are.
+    """
+    if is_scalar(num_ranks, stride):
+        per_node = size / stride
+        return math.gcd(int(num_ranks), int(per_node)) if per_node == int(per_node) else 1
+    per_node = np.asarray(size / stride)
+    whole = per_node == np.floor(per_node)
+    inside = np.gcd(np.asarray(num_ranks, dtype=np.int64), per_node.astype(np.int64))
+    return np.where(whole, inside, 1).astype(np.float64)
 
 
 def _level_seconds(collective: Collective, level: LinkLevel, inside: Num, members: Num) -> Num:

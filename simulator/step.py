@@ -161,7 +161,7 @@ def layer_times(step: TrainStep, *, plan: Plan, on: Cluster, recipe: Recipe) -> 
     shares = {kind: count / cfg.num_layers for kind, count in cfg.kinds.items()}
     element_bytes = recipe.dtype.bytes_per_element
     forward, backward = Totals(), Totals()
-    moved: tuple[dict[str, Num], ...] = ({}, {})
+    moved: tuple[dict[str, Num], ...] = ({}, {}, {})
     cores: list[Num] = [0.0, 0.0]
     for kind, share in shares.items():
         work = step.layer(kind, plan, dtype=recipe.dtype)
@@ -176,14 +176,14 @@ def layer_times(step: TrainStep, *, plan: Plan, on: Cluster, recipe: Recipe) -> 
             for into, seconds in zip(moved, exchange.seconds(on=on), strict=True):
                 into[exchange.piece] = into.get(exchange.piece, 0.0) + share * seconds
     both = step.ends(plan, dtype=recipe.dtype)
-    exposed = [_excess_over(m, CONTEXT, core) for m, core in zip(moved, cores, strict=True)]
+    exposed = [_excess_over(moved[i], CONTEXT, core) for i, core in enumerate(cores)]
     return LayerTimes(
         forward=forward,
         backward=backward,
         embedding=total_seconds(both.select(part="embedding"), on=device),
         head=total_seconds((n for n in both if n.part != "embedding"), on=device),
         exchange_forward=moved[0],
-        exchange_backward=moved[1],
+        exchange_backward=_merge(moved[1], moved[2], 1.0),
         exposed_forward=exposed[0],
         exposed_backward=exposed[1],
     )
@@ -249,9 +249,12 @@ def inference_step(step: Inference, *, plan: Plan, on: Cluster, recipe: Recipe) 
             once = _merge(once, {exchange.piece: exchange.seconds(on=on)[0]}, 1.0)
         moved = _merge(moved, once, share)
         exposed = _merge(exposed, _excess_over(once, CONTEXT, core), share)
-    ends = total_seconds(step.ends(plan, dtype=recipe.dtype), on=device)
+    both = step.ends(plan, dtype=recipe.dtype)
+    embedding = total_seconds(both.select(part="embedding"), on=device)
+    head = total_seconds((n for n in both if n.part != "embedding"), on=device)
+    has_embedding, has_head = _ends_on_slowest(embedding.lower_s, head.lower_s, plan)
     layers = ceil_div(cfg.num_layers, plan.pp)
-    busy = Totals().plus(forward, layers).plus(ends)
+    busy = Totals().plus(forward, layers).plus(embedding, has_embedding).plus(head, has_head)
     sends_s = plan.pp * _sends(cfg, step.len_new, slot, on, recipe)
     pieces = {part: plan.pp * s for part, s in busy.by_part.items()}
     pieces |= {piece: plan.pp * layers * s for piece, s in exposed.items()}
@@ -302,7 +305,7 @@ def _pipeline(cfg: TransformerConfig, times: LayerTimes, plan: Plan, num_micro: 
     moved = _merge(moved, times.exchange_backward, 1.0)
     layer_s = passes.lower_s + sum(exposed.values(), start=0.0)
 
-    embedding_here, head_here = _ends_on_slowest(times, plan)
+    embedding_here, head_here = _ends_on_slowest(times.embedding.lower_s, times.head.lower_s, plan)
     extra = Totals().plus(times.embedding, embedding_here).plus(times.head, head_here)
     both_lower = times.embedding.lower_s + times.head.lower_s
     both_upper = times.embedding.upper_s + times.head.upper_s
@@ -339,10 +342,9 @@ def _pipeline(cfg: TransformerConfig, times: LayerTimes, plan: Plan, num_micro: 
     )
 
 
-def _ends_on_slowest(times: LayerTimes, plan: Plan) -> tuple[Num, Num]:
+def _ends_on_slowest(embedding: Num, head: Num, plan: Plan) -> tuple[Num, Num]:
     """1 or 0: is the embedding, is the head on the stage that takes longest?"""
     alone = plan.pp == 1
-    head, embedding = times.head.lower_s, times.embedding.lower_s
     return (
         where(alone | (embedding > head), 1.0, 0.0),
         where(alone | (embedding <= head), 1.0, 0.0),

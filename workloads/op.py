@@ -103,6 +103,10 @@ class Op(ABC):
         """Matrix flops that the result needs whatever the tiling (no masked-out tile parts)."""
         return self.work(float(2**52)).tensor_flops
 
+    def unmasked(self, work: Work) -> Work:
+        """What of `work` the result needs: without the masked-out parts of its tiles."""
+        return dataclasses.replace(work, tensor_flops=self.min_flops())
+
     def over(self, **changes: object) -> Self:
         """The same op with some fields replaced, arrays welcome: `op.over(len_q=lengths)`."""
         known = {f.name for f in dataclasses.fields(self)}

@@ -75,9 +75,9 @@ def plain_decade(value: float) -> str:
 
 
 def count_ticks(
-    low: float, high: float, *, powers_of_two: bool, is_length: bool
+    low: float, high: float, *, powers_of_two: bool
 ) -> tuple[list[float], list[str]]:
-    """Tick values and texts for a count: powers of two, or 1-2-5 steps."""
+    """Tick values and texts for a count: powers of two as 4k, or 1-2-5 steps in all digits."""
     if powers_of_two:
         first, last = math.ceil(math.log2(low) - 1e-9), math.floor(math.log2(high) + 1e-9)
         step = max(math.ceil((last - first + 1) / 12), 1)
@@ -86,19 +86,14 @@ def count_ticks(
         steps = [part * ten for ten in decades(low / 10, high) for part in (1, 2, 5)]
         values = [v for v in steps if low <= v <= high]
         values = values if len(values) <= 12 else decades(low, high)
-    return values, [count_text(v, is_length=is_length) for v in values]
+    return values, [count_text(v) for v in values]
 
 
-def count_text(value: float, *, is_length: bool) -> str:
-    """A count on an axis: 128k where it is a length (k = 1024), else all its digits."""
-    return binary_text(value) if is_length else f"{value:,.0f}"
+def count_text(value: float) -> str:
+    """A count as it may be typed: 131072 is '128k', what k = 1024 does not divide in all digits.
 
-
-def binary_text(value: float) -> str:
-    """A count with the prefixes lengths are written in: 131072 is '128k'.
-
-    >>> binary_text(131072), binary_text(2**20), binary_text(100)
-    ('128k', '1M', '100')
+    >>> count_text(131072), count_text(2**20), count_text(100), count_text(2000)
+    ('128k', '1M', '100', '2,000')
     """
     for factor, letter in ((2**20, "M"), (2**10, "k")):
         if value >= factor and value % factor == 0:

@@ -363,7 +363,7 @@ class _Panel:
 
     def _value(self, i: int) -> str:
         assert self.over is not None
-        return count_text(self.over.values[i], is_length=self.over.is_length)
+        return count_text(self.over.values[i])
 
     def _hover(self, place: Place, i: int, level: str) -> str:
         s = place.series

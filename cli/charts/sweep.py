@@ -23,7 +23,7 @@ from cli.charts.picture import (
     source_line,
     style,
 )
-from cli.charts.plane import Plane, binary_text, count_ticks, decades, spread
+from cli.charts.plane import Plane, count_text, count_ticks, decades, spread
 from cli.quantity import scaled_text, seconds_text
 from cli.questions import Over
 from cli.series import Crossover, Series, caption
@@ -44,7 +44,7 @@ MOST_CROSSINGS: Final = 8
 
 def figure(series: Sequence[Series], over: Over, crossings: Sequence[Crossover]) -> go.Figure:
     """The sweep as a slide: log-log, lines labelled at their ends, crossovers ringed."""
-    key, powers_of_two = over.key, all(v & (v - 1) == 0 for v in over.values)
+    key = over.key
     x_low, x_high = spread(over.values, 1.12, 1.12)
     y_low, y_high = spread(np.concatenate([s.seconds for s in series]), 2.2, 2.2)
     plane = Plane(x_low=x_low, x_high=x_high, y_low=y_low, y_high=y_high, right_margin=LABEL_ROOM)
@@ -58,9 +58,7 @@ def figure(series: Sequence[Series], over: Over, crossings: Sequence[Crossover])
     _legend(fig, series)
     _end_labels(fig, plane, series, colors)
     _crossings(fig, plane, series, crossings, over)
-    x_ticks, x_texts = count_ticks(
-        x_low, x_high, powers_of_two=powers_of_two, is_length=over.is_length
-    )
+    x_ticks, x_texts = count_ticks(x_low, x_high, powers_of_two=_powers_of_two(over))
     y_ticks = decades(y_low, y_high)
     fig.update_xaxes(log_axis(key, x_low, x_high, x_ticks, x_texts))
     fig.update_yaxes(log_axis("time", y_low, y_high, y_ticks, [_tick(v) for v in y_ticks]))
@@ -72,6 +70,10 @@ def figure(series: Sequence[Series], over: Over, crossings: Sequence[Crossover])
     )
     fig.update_layout(margin={**MARGIN, "r": LABEL_ROOM})
     return fig
+
+
+def _powers_of_two(over: Over) -> bool:
+    return all(v & (v - 1) == 0 for v in over.values)
 
 
 def _unique(series: Sequence[Series], attribute: str) -> list[str]:
@@ -240,7 +242,7 @@ def _crossings(
                            f"{over.key} = {c.value:,.0f}"],
             )
         )  # fmt: skip
-        where = f"{over.key} ≈ {_about(c.value, over.is_length)}"
+        where = f"{over.key} ≈ {_about(c.value, powers_of_two=_powers_of_two(over))}"
         # Among many lines a note must be short; the ring says the rest when pointed at.
         text = where if several else f"{c.faster} overtakes<br>from {where}"
         spot = placer.place(*plane.pixel(c.value, c.seconds), text, 13)
@@ -255,9 +257,10 @@ def _legend_box(fig: go.Figure, plane: Plane) -> Box:
     return Box(frame.left, frame.top - 20 * num_entries - 24, frame.left + 240, frame.top)
 
 
-def _about(value: float, is_length: bool) -> str:
-    if is_length and value >= 10_240:
-        return binary_text(round(value / 1024) * 1024)
+def _about(value: float, *, powers_of_two: bool) -> str:
+    """A crossover to the precision it has, in the prefixes of the axis."""
+    if powers_of_two and value >= 10_240:
+        return count_text(round(value / 1024) * 1024)
     return f"{float(f'{value:.2g}'):,.0f}"
 
 

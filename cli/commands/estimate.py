@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
@@ -9,13 +11,17 @@ import typer
 from cli import show
 from cli.quantity import digits, percent_text, scaled_text, seconds_text
 from cli.questions import PARAM_HELP
+from cli.wording import resource_text
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from simulator.estimate import Estimate
 
-RUNGS: Final = {"bound": "roofline lower and upper bound; a real kernel is slower than the lower"}
+RUNGS: Final = {
+    "bound": "roofline at peak rates, all resources overlapping .. none; "
+    "a real kernel is slower than the first and can exceed the second"
+}
 
 
 def estimate(
@@ -61,13 +67,13 @@ def _show(e: Estimate, r: dict[str, Any]) -> None:
         show.pairs(
             [
                 ("Rung", f"{e.rung}: {RUNGS.get(e.rung, '')}"),
-                ("Time", f"{time}, bound by {_resource_name(e, r['bound'])}"),
+                ("Time", f"{time}, bound by {resource_text(r['bound'])}"),
             ]
         )
     )
     out.print(_resources(e, r))
     source = r["sources"][r["bound"]]
-    lines = _reading(e, r)
+    lines = _masked(r) + _reading(e, r)
     if e.unrated:
         left_out = f"{', '.join(e.unrated)}: {e.device.id} publishes no rate; left out"
         lines.append(("Unrated", left_out))
@@ -76,64 +82,63 @@ def _show(e: Estimate, r: dict[str, Any]) -> None:
     out.print(show.pairs(lines))
 
 
-def _resource_name(e: Estimate, resource: str) -> str:
-    if resource in e.bytes_by_level:
-        return f"{resource.upper() if len(resource) < 4 else resource} bandwidth"
-    return {"special": "special functions"}.get(resource, f"{resource} units")
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One amount of one resource, with its unit and the device's rate for it."""
+
+    label: str
+    amount: float
+    unit: str
+    resource: str
+    rate: float | None
 
 
 def _resources(e: Estimate, r: dict[str, Any]) -> Table:
-    """One row per resource: what it does, how fast it is, how long it takes."""
+    """What the result needs of every resource, how fast that is, how long it takes."""
     right = ("amount", "rate", "time", "of the bound")
     table = show.table("resource", *right, right=right)
-    work = r["work"]
-    compute = [(f"{d} products", f, _unit(e, d)) for d, f in work["tensor_flops"].items()]
-    compute.append(("vector flops", work["vector_flops"], "vector"))
-    for label, amount, resource in compute:
-        rate = _rate(e, label, resource)
-        table.add_row(
-            label, scaled_text(amount, "FLOP"), *_timed(r, resource, amount, rate, "FLOP/s")
-        )
-    special_rate = e.device.special_ops_per_s
-    table.add_row(
-        "special functions",
-        scaled_text(work["special_ops"], "op"),
-        *_timed(r, "special", work["special_ops"], special_rate, "op/s"),
-    )
-    for level in reversed(e.device.memory[1:]):
-        amount = r["bytes_by_level"][level.name]
-        table.add_row(
-            f"{level.name} bytes",
-            scaled_text(amount, "B"),
-            *_timed(r, level.name, amount, level.bytes_per_s, "B/s"),
-        )
-    table.add_row("kernel launches", f"{work['launches']:g}", "", "", "")
+    for row in (*_compute_rows(e, r), *_memory_rows(e, r)):
+        amount = scaled_text(row.amount, row.unit)
+        if row.rate is None:
+            table.add_row(row.label, amount, "unrated", "-", "-")
+            continue
+        seconds = row.amount / row.rate
+        share = percent_text(seconds / r["lower_s"]) if r["lower_s"] else "-"
+        mark = " <" if row.resource == r["bound"] else "  "
+        rate = scaled_text(row.rate, f"{row.unit}/s")
+        table.add_row(row.label, amount, rate, seconds_text(seconds), share + mark)
+    table.add_row("kernel launches", f"{r['work']['launches']:g}", "", "", "")
     return table
 
 
-def _unit(e: Estimate, dtype_name: str) -> str:
-    from hwmodels.dtypes import dtype
+def _compute_rows(e: Estimate, r: dict[str, Any]) -> Iterator[_Row]:
+    from hwmodels.dtypes import FP32
 
-    return e.device.matmul_rate_flops_per_s(dtype(dtype_name))[1]
+    work = r["work"]
+    for dtype in e.work.tensor_flops:
+        rate, unit = e.device.matmul_rate_flops_per_s(dtype)
+        yield _Row(
+            f"{dtype} products", work["needed_tensor_flops"][str(dtype)], "FLOP", unit, rate
+        )
+    vector_rate, special_rate = e.device.vector_rate_flops_per_s(FP32), e.device.special_ops_per_s
+    yield _Row("vector flops", work["needed_vector_flops"], "FLOP", "vector", vector_rate)
+    yield _Row("special functions", work["needed_special_ops"], "op", "special", special_rate)
 
 
-def _rate(e: Estimate, label: str, resource: str) -> float | None:
-    from hwmodels.dtypes import FP32, dtype
-
-    if label == "vector flops":
-        return e.device.vector_rate_flops_per_s(FP32)
-    return e.device.matmul_rate_flops_per_s(dtype(label.split()[0]))[0]
+def _memory_rows(e: Estimate, r: dict[str, Any]) -> Iterator[_Row]:
+    for level in reversed(e.device.memory[1:]):
+        moved = r["bytes_by_level"][level.name]
+        yield _Row(f"{level.name} bytes", moved, "B", level.name, level.bytes_per_s)
 
 
-def _timed(
-    r: dict[str, Any], resource: str, amount: float, rate: float | None, unit: str
-) -> tuple[str, str, str]:
-    if rate is None:
-        return "unrated", "-", "-"
-    seconds = amount / rate
-    mark = " <" if resource == r["bound"] else "  "
-    share = percent_text(seconds / r["lower_s"]) if r["lower_s"] else "-"
-    return scaled_text(rate, unit), seconds_text(seconds), share + mark
+def _masked(r: dict[str, Any]) -> list[tuple[str, str]]:
+    """A line where the tiles compute products that a mask then drops."""
+    work = r["work"]
+    needed = sum(work["needed_tensor_flops"].values())
+    more = sum(work["tensor_flops"].values()) / needed - 1 if needed else 0.0
+    if more <= 0:
+        return []
+    return [("Tiles", f"compute {percent_text(more)} more, masked out; not in these times")]
 
 
 def _reading(e: Estimate, r: dict[str, Any]) -> list[tuple[str, str]]:
@@ -141,7 +146,8 @@ def _reading(e: Estimate, r: dict[str, Any]) -> list[tuple[str, str]]:
     lines = []
     hbm, least = r["bytes_by_level"]["hbm"], r["io_lower_bound_bytes"]
     # Products alone where there are any: vector flops have a roof of their own.
-    flops = sum(r["work"]["tensor_flops"].values()) or r["work"]["vector_flops"]
+    work = r["work"]
+    flops = sum(work["needed_tensor_flops"].values()) or work["needed_vector_flops"]
     if r["lower_s"]:
         rates = [scaled_text(flops / r["lower_s"], "FLOP/s")] if flops else []
         rates.append(f"{scaled_text(hbm / r['lower_s'], 'B/s')} of HBM")

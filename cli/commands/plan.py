@@ -97,7 +97,7 @@ def _question(phase: str, config: Any, seq: str, global_batch: str) -> Step:
 
     if phase not in PHASES:
         raise InputError(f"--phase {phase!r} is unknown; give one of {', '.join(PHASES)}")
-    len_seq = parse_count(seq, "--seq", is_length=True)
+    len_seq = parse_count(seq, "--seq")
     batch = parse_count(global_batch, "--global-batch")
     if phase == "train":
         return train_step(config, len_seq=len_seq, global_batch=batch)

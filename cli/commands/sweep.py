@@ -110,7 +110,9 @@ def columns_of(s: Series) -> dict[str, Any]:
     flat = {"op": s.op_name, "device": s.device_id, "rung": r["rung"], **s.fixed_params(), **swept}
     flat |= {k: r[k] for k in ("seconds", "lower_s", "upper_s", "bound", "limit_s", "limit_frac")}
     work = dict(r["work"])
-    flat |= {f"tensor_flops_{d}": f for d, f in work.pop("tensor_flops").items()} | work
+    for key in ("tensor_flops", "needed_tensor_flops"):
+        flat |= {f"{key}_{d}": f for d, f in work.pop(key).items()}
+    flat |= work
     flat |= {f"{resource}_s": t for resource, t in r["seconds_by_resource"].items()}
     return flat | {f"{level}_bytes": b for level, b in r["bytes_by_level"].items()}
 

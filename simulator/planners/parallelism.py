@@ -5,7 +5,7 @@ Space: all (dp, tp, pp, cp, ep, micro-batch, interleave, recompute, ZeRO stage) 
     dp tp pp cp = number of accelerators                                                   (1)
     tp divides the query heads and the accelerators of one innermost link group            (2)
     pp <= L; interleave v > 1 needs pp > 1, pp v | L and pp | m                             (3)
-    cp is a power of two that divides the new tokens of a sequence                         (4)
+    cp is a power of two; 2 cp divides the new tokens of a sequence (zigzag)               (4)
     ep divides the experts and dp cp                                                       (5)
     training: dp micro-batch | global batch, so that m micro-batches are whole             (6)
     serving: dp pp | batch, one slot of sequences per replica and stage; v = 1, ZeRO 0     (7)
@@ -129,7 +129,9 @@ def plan_parallelism(
     memory = evaluator.memory(space)
     fits = np.flatnonzero(np.asarray(memory.total) <= budget)
     if not fits.size:
-        raise InfeasibleError(_why_nothing_fits(step, space, memory, budget, on, recipe))
+        raise InfeasibleError(
+            _why_nothing_fits(step, space, memory, budget, on, recipe, pins or {})
+        )
     feasible, total = select(space, fits), np.asarray(memory.total)[fits]
     priced = evaluator.step(feasible)
     order = _ranked(feasible, np.asarray(priced.seconds), np.asarray(priced.upper_s))
@@ -187,7 +189,7 @@ def meshes(cfg: TransformerConfig, *, on: Cluster, len_new: int) -> Iterator[Mes
     for tp in (t for t in _divisors(total) if inner % t == 0):
         for pp in (p for p in _divisors(total // tp) if p <= cfg.num_layers):
             for cp in (c for c in _divisors(total // (tp * pp)) if _power_of_two(c)):
-                if len_new % cp:
+                if cp > 1 and len_new % (2 * cp):
                     continue
                 dp = total // (tp * pp * cp)
                 for ep in _divisors(math.gcd(num_experts, dp * cp)):
@@ -297,7 +299,13 @@ def _why_no_plan(step: Step, on: Cluster) -> str:
 
 
 def _why_nothing_fits(
-    step: Step, space: Plan, memory: MemoryEstimate, budget: float, on: Cluster, recipe: Recipe
+    step: Step,
+    space: Plan,
+    memory: MemoryEstimate,
+    budget: float,
+    on: Cluster,
+    recipe: Recipe,
+    pins: Mapping[str, int],
 ) -> str:
     """The leanest plan and what would make it fit."""
     totals = np.asarray(memory.total)
@@ -309,20 +317,23 @@ def _why_nothing_fits(
         f"({leanest}) needs {totals.min() / 2**30:.1f} GiB per accelerator of a budget of "
         f"{budget / 2**30:.1f} GiB, mostly {largest} ({float(parts[largest]) / 2**30:.1f} GiB)"
     )
-    nodes = _nodes_that_fit(step, budget, on, recipe)
+    nodes = _nodes_that_fit(step, budget, on, recipe, pins)
     if nodes:
         return f"{text}; it fits on {nodes} nodes"
-    return f"{text}; shorten the sequence, shrink the batch or choose a device with more memory"
+    loosen = "loosen a pin, " if pins else ""
+    return f"{text}; {loosen}shorten the sequence, shrink the batch or take a larger device"
 
 
-def _nodes_that_fit(step: Step, budget: float, on: Cluster, recipe: Recipe) -> int | None:
+def _nodes_that_fit(
+    step: Step, budget: float, on: Cluster, recipe: Recipe, pins: Mapping[str, int]
+) -> int | None:
     """The first doubling of the cluster, up to 64 times, on which some plan fits."""
     for factor in (2, 4, 8, 16, 32, 64):
         if on.max_accelerators and on.num_accelerators * factor > on.max_accelerators:
             return None
         larger = replace(on, num_nodes=on.num_nodes * factor)
         try:
-            space = plan_space(step, on=larger)
+            space = _pinned(plan_space(step, on=larger), pins)
         except InfeasibleError:
             continue
         memory = _evaluator(step, larger, recipe).memory(space)

@@ -291,7 +291,8 @@ def test_a_private_l2_adds_to_what_a_unit_holds() -> None:
     e = estimate(op, on=device)
     held = sum(level.capacity_bytes for level in device.memory[:3])
     assert e.bytes_by_level["llc"] == op.work(held).bytes
-    assert e.bytes_by_level["hbm"] == op.work(device.level("llc").capacity_bytes).bytes
+    on_chip = sum(level.capacity_bytes * level.num_units for level in device.memory[:-1])
+    assert e.bytes_by_level["hbm"] == op.work(on_chip).bytes
     assert e.bytes_by_level["hbm"] < e.bytes_by_level["llc"] < e.bytes_by_level["l2"]
 
 
@@ -332,7 +333,7 @@ def test_fp8_needs_hopper() -> None:
 def test_work_without_tensor_flops_has_no_tensor_time() -> None:
     e = estimate(RmsNorm(rows=64, cols=64), on=H100)
     assert "tensor" not in e.seconds_by_resource
-    assert compute_seconds(e.work, {}, H100)[0]["vector"] > 0
+    assert compute_seconds(e.work, H100)[0]["vector"] > 0
 
 
 def test_an_unrated_level_is_refused_where_its_rate_is_needed() -> None:
@@ -340,6 +341,19 @@ def test_an_unrated_level_is_refused_where_its_rate_is_needed() -> None:
     assert rated(device, device.hbm) == 320e9
     with pytest.raises(UnsupportedError, match="no bandwidth is published for level 'l2'"):
         rated(device, device.level("l2"))
+
+
+def test_masked_tile_parts_cost_no_time() -> None:
+    """One query more may change the tiles, and with them the masked waste, but not the bound."""
+    op = FlashAttention2(num_heads=8, len_q=730, head_dim=16, causal=True)
+    times = np.asarray(estimate(op.over(len_q=np.arange(600, 900)), on=H100).lower_s)
+    assert (np.diff(times) > 0).all()
+    e = estimate(op, on=H100)
+    pairs = 8 * 730 * 731 / 2
+    assert e.work.special_ops > pairs
+    assert e.seconds_by_resource["special"] == pytest.approx(
+        pairs / H100.special_ops_per_s, rel=0.02
+    )
 
 
 # ---- the limit -----------------------------------------------------------------------------

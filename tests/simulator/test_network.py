@@ -178,7 +178,7 @@ def test_gb200_is_one_domain_of_72() -> None:
 
 
 def test_the_switch_reduces_where_that_is_less() -> None:
-    for n in (2, 3, 4, 8):
+    for n in (2, 4, 8):
         expected = min(2 * (n - 1) / n, (n + 1) / n) * SIZE / 450e9
         assert by_level("all_reduce", n, on=H100).lower_s == pytest.approx(expected, rel=1e-12)
     gathered = by_level("all_gather", 8, on=H100).lower_s
@@ -277,3 +277,19 @@ def test_the_rail_of_a_strided_group_is_counted_once() -> None:
         e = by_level("all_gather", 8, on=catalog.cluster("dgx-a100-80gb", 64), stride=stride)
         assert e.lower_s == pytest.approx(7 / 8 * SIZE / NIC, rel=1e-12)
         assert not math.isclose(e.lower_s, 0)
+
+
+def test_groups_that_straddle_nodes_are_as_slow_as_the_worst() -> None:
+    """Threes over nodes of eight: ranks 6, 7 and 8 meet over the network; on one node none do."""
+    one_node = catalog.cluster("hgx-h100")
+    for n in (3, 5, 6, 7):
+        inside = by_level("all_reduce", n, on=one_node)
+        across = by_level("all_reduce", n, on=H100)
+        assert inside.seconds_by_level["infiniband_ndr"] == 0
+        assert across.seconds_by_level["infiniband_ndr"] > 5 * inside.lower_s
+    # Twelve on eights: fours are together everywhere, three of them meet over the network.
+    twelve = by_level("all_gather", 12, on=H100)
+    assert twelve.seconds_by_level["nvlink"] == pytest.approx(3 / 4 * SIZE / 450e9)
+    assert twelve.seconds_by_level["infiniband_ndr"] == pytest.approx(2 / 3 * SIZE / 4 / 50e9)
+    many = by_level("all_gather", np.array([3.0, 8.0, 12.0]), on=H100).lower_s
+    assert many[2] == twelve.lower_s

@@ -339,12 +339,14 @@ def test_tensor_parallel_gathers_and_scatters_each_block() -> None:
 
 
 def test_routed_rows_are_gathered_one_for_each_expert_chosen() -> None:
-    """Mixtral: two experts a token; DeepSeek-V3: eight and a shared one."""
+    """Behind an all-to-all: Mixtral two experts a token, DeepSeek-V3 eight and a shared one."""
     hidden = 4096 * 4096 * 2
-    assert sum(exchanges(model("mixtral-8x7b"), "moe", tp=8)[TENSOR]) == 2 * (1 + 2) * hidden
+    mixtral = model("mixtral-8x7b")
+    assert sum(exchanges(mixtral, "moe", tp=8, dp=2, ep=2)[TENSOR]) == 2 * (1 + 2) * hidden
+    assert sum(exchanges(mixtral, "moe", tp=8)[TENSOR]) == 4 * hidden
     hidden = 4096 * 7168 * 2
     deepseek = model("deepseek-v3")
-    assert sum(exchanges(deepseek, "moe", tp=8)[TENSOR]) == 2 * (1 + 9) * hidden
+    assert sum(exchanges(deepseek, "moe", tp=8, dp=2, ep=2)[TENSOR]) == 2 * (1 + 9) * hidden
     assert sum(exchanges(deepseek, "dense", tp=8)[TENSOR]) == 4 * hidden
 
 

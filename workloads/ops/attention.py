@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, NamedTuple
 
@@ -114,6 +114,20 @@ class AttentionOp(ProvedOp):
         """Q K^T and P V over the pairs the mask leaves: 2 pairs (head_dim + head_dim_v) a head."""
         per_pair = 2 * (self.head_dim + self.value_dim)
         return {self.dtype: self.batch * self.num_heads * self.num_pairs() * per_pair}
+
+    def unmasked(self, work: Work) -> Work:
+        """Without what tiles compute beyond the mask: all counts by the share of pairs it leaves.
+
+        Work per row (rescaling, normalising) shrinks with the rest, which keeps this a minimum.
+        """
+        needed = self.min_flops()
+        frac = needed[self.dtype] / work.tensor_flops[self.dtype]
+        return replace(
+            work,
+            tensor_flops=needed,
+            vector_flops=work.vector_flops * frac,
+            special_ops=work.special_ops * frac,
+        )
 
     def inputs(self, rng: np.random.Generator) -> Arrays:
         """Random q, k and v in the layouts of the class docstring."""
