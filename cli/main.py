@@ -13,6 +13,7 @@ import typer
 
 from cli import __version__
 from cli.quantity import shown
+from cli.show import width
 from hwmodels.errors import InfeasibleError, InputError
 
 COMMANDS: Final = (
@@ -38,10 +39,10 @@ _ClickException: Final = next(
 
 app = typer.Typer(
     name="ridgeplan",
-    help="Predict what GPU work costs before anyone runs it.",
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    rich_markup_mode=None,  # plain help: it pipes, and keeps to the width it is told
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
@@ -57,7 +58,16 @@ def _main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Predict what GPU work costs before anyone runs it."""
+    """Predict what GPU work costs before anyone runs it.
+
+    \b
+    Examples:
+      ridgeplan plan examples/llama3-8b.json -c hgx-h100 -n 8 --seq 128k -b 64
+      ridgeplan estimate flash_attention_2 -d h100-sxm -p heads=32 -p seq=8k -p dim=128
+      ridgeplan roofline matmul -d h100-sxm --over m=16:8k:x2 -p n=8k -p k=8k --out r.html
+
+    `ridgeplan COMMAND --help` shows more. Sizes: 4k is 4096, 1M is 1048576.
+    """
 
 
 for _name in COMMANDS:
@@ -73,7 +83,10 @@ def main(argv: Sequence[str]) -> int:
     """Run one command; its exit code. Errors a user can mend are one line on stderr."""
     try:
         result = typer.main.get_command(app).main(
-            args=list(argv) or ["--help"], prog_name="ridgeplan", standalone_mode=False
+            args=list(argv) or ["--help"],
+            prog_name="ridgeplan",
+            standalone_mode=False,
+            terminal_width=width(),
         )
         sys.stdout.flush()
     except InputError as error:
@@ -104,7 +117,7 @@ def _usage_error(error: Exception) -> int:
     message = error.format_message() if hasattr(error, "format_message") else str(error)
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "ridgeplan"
-    return _fail(f"{message.rstrip('.')}; see `{command} --help`", BAD_INPUT)
+    return _fail(f"{message.rstrip('.')} (see `{command} --help`)", BAD_INPUT)
 
 
 def _fail(message: str, code: int) -> int:

@@ -157,6 +157,18 @@ def digits(value: float, places: int = 3) -> str:
     return f"{rounded:.{max(places - 1 - magnitude, 0)}f}"
 
 
+def count_text(value: float) -> str:
+    """A count as it may be typed: 131072 is '128k', what k = 1024 does not divide in all digits.
+
+    >>> count_text(131072), count_text(2**20), count_text(100), count_text(2000)
+    ('128k', '1M', '100', '2,000')
+    """
+    for factor, letter in ((GIB, "G"), (MIB, "M"), (KIB, "k")):
+        if value >= factor and value % factor == 0:
+            return f"{value / factor:.0f}{letter}"
+    return f"{value:,.0f}"
+
+
 def scaled_text(value: float, unit: str, places: int = 3) -> str:
     """A number with a decimal prefix: 3.35e12 bytes per second is '3.35 TB/s'.
 

@@ -42,13 +42,15 @@ class _Entry:
     value: Callable[[Param, str], object]
 
 
-def pairs(items: Iterable[str], option: str = "-p") -> list[tuple[str, str]]:
+def pairs(
+    items: Iterable[str], option: str = "-p", example: str = "seq=8192"
+) -> list[tuple[str, str]]:
     """Every `key=value` split in two; a key may stand once."""
     found: list[tuple[str, str]] = []
     for item in items:
         key, equals, value = item.partition("=")
         if not equals or not key.strip() or not value.strip():
-            raise InputError(f"{option} '{shown(item)}' is not key=value; write {option} seq=8192")
+            raise InputError(f"{option} '{shown(item)}' is not key=value; write {option} {example}")
         if any(key.strip() == known for known, _ in found):
             raise InputError(f"{option} {shown(key)} is given twice; keep one")
         found.append((key.strip(), value.strip()))
@@ -87,7 +89,7 @@ def parse_over(text: str, names: Sequence[str]) -> Over:
     """
     from workloads import registry
 
-    ((key, spec),) = pairs([text], "--over")
+    ((key, spec),) = pairs([text], "--over", "seq=1k:64k:x2")
     kinds = {
         registry.params(name)[field].kind
         for name in names

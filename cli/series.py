@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cli.quantity import count_text
 from cli.records import params_of, record
 
 if TYPE_CHECKING:
@@ -87,10 +88,16 @@ def _told(series: Series) -> dict[str, str]:
 
     known = registry.params(series.op_name)
     return {
-        key: str(value).lower() if isinstance(value, bool) else f"{value}"
+        key: _told_value(value)
         for key, value in series.fixed_params().items()
         if value is not None and (key == "dtype" or value != known[key].default)
     }
+
+
+def _told_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return count_text(value) if isinstance(value, int) else f"{value}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from cli.quantity import shown
+from cli.quantity import seconds_text, shown
 from hwmodels.errors import InputError
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from hwmodels.device import Device
 
 WIDTH, HEIGHT = 1280, 720
-MARGIN: Final = {"l": 84, "r": 36, "t": 96, "b": 98}
+MARGIN: Final = {"l": 92, "r": 36, "t": 96, "b": 98}
 FONT: Final = "Inter, Helvetica Neue, Helvetica, Arial, sans-serif"
 INK, QUIET, GRID, FAINT = "#1f2933", "#616e7c", "#e8ecf1", "#9aa5b1"
 
@@ -24,24 +25,27 @@ INK, QUIET, GRID, FAINT = "#1f2933", "#616e7c", "#e8ecf1", "#9aa5b1"
 # colour-blind reader.
 PALETTE: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5d4e8c")
 
+PAGES: Final = (".html", ".htm")
 FORMATS: Final = (".html", ".png", ".svg", ".pdf")
 
 
 def asked_for(html: Path | None, out: Path | None) -> list[Path]:
-    """The picture files asked for, their suffixes checked."""
-    if html is not None and html.suffix.lower() not in (".html", ".htm"):
+    """The picture files asked for; refused where their format cannot be drawn here."""
+    if html is not None and html.suffix.lower() not in PAGES:
         raise InputError(f"--html {shown(html, 200)} does not end in .html; use --out for others")
-    if out is not None and out.suffix.lower() not in (*FORMATS, ".htm"):
+    if out is not None and out.suffix.lower() not in (*FORMATS, *PAGES):
         raise InputError(
             f"--out {shown(out, 200)} has no known format; end it in {', '.join(FORMATS)}"
         )
-    return [path for path in (html, out) if path is not None]
+    asked = [path for path in (html, out) if path is not None]
+    _check_drawable(asked)
+    return asked
 
 
 def rendered(figure: go.Figure, suffix: str) -> bytes:
     """The figure as a file: a self-contained page, or an image drawn by a browser."""
     kind = suffix.lower().lstrip(".")
-    if kind in ("html", "htm"):
+    if suffix.lower() in PAGES:
         page: str = figure.to_html(
             include_plotlyjs=True,
             full_html=True,
@@ -50,6 +54,16 @@ def rendered(figure: go.Figure, suffix: str) -> bytes:
         )
         return page.encode("utf-8")
     return _image(figure, kind)
+
+
+def _check_drawable(paths: Iterable[Path]) -> None:
+    """Refuse, before any work is done, an image where the package that draws it is missing."""
+    for path in paths:
+        if path.suffix.lower() not in PAGES and find_spec("kaleido") is None:
+            raise InputError(
+                f"drawing {path.suffix} needs kaleido; pip install 'ridgeplan[image]', "
+                "or write .html"
+            )
 
 
 def _image(figure: go.Figure, kind: str) -> bytes:
@@ -72,6 +86,7 @@ def _image(figure: go.Figure, kind: str) -> bytes:
 
 def style(figure: go.Figure, *, title: str, subtitle: str, footnote: str) -> None:
     """White ground, quiet axes, title and subtitle at the left, a footnote with the sources."""
+    subtitle, size = _fitted(subtitle)
     figure.update_layout(
         template="none",
         width=WIDTH,
@@ -82,7 +97,7 @@ def style(figure: go.Figure, *, title: str, subtitle: str, footnote: str) -> Non
         font={"family": FONT, "size": 14, "color": INK},
         title={
             "text": f"<b>{title}</b><br>"
-            f"<span style='font-size:15px;color:{QUIET}'>{subtitle}</span>",
+            f"<span style='font-size:{size}px;color:{QUIET}'>{subtitle}</span>",
             "x": MARGIN["l"] / WIDTH,
             "xanchor": "left",
             "y": 0.955,
@@ -92,6 +107,7 @@ def style(figure: go.Figure, *, title: str, subtitle: str, footnote: str) -> Non
         hoverlabel={"bgcolor": "white", "bordercolor": FAINT, "font": {"family": FONT, "size": 13}},
     )
     figure.add_annotation(
+        name="footnote",
         text=footnote,
         xref="paper",
         yref="paper",
@@ -107,9 +123,37 @@ def style(figure: go.Figure, *, title: str, subtitle: str, footnote: str) -> Non
     )
 
 
+def _fitted(subtitle: str) -> tuple[str, int]:
+    """The subtitle with a size at which it fits the picture's width, cut where none does."""
+    room = WIDTH - MARGIN["l"] - MARGIN["r"]
+    letter = 0.5  # of the size: running text is narrower than labels, which keep a margin
+    for size in (15, 14, 13, 12):
+        if letter * size * len(subtitle) <= room:
+            return subtitle, size
+    return shortened(subtitle, int(room / (letter * 12))), 12
+
+
 def shortened(text: str, limit: int) -> str:
-    """The text, cut with an ellipsis where it is too long for its line."""
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    """The text, cut between two words with an ellipsis where it is too long for its line.
+
+    >>> shortened("num_heads 32, head_dim 128", 20), shortened("short", 20)
+    ('num_heads 32...', 'short')
+    """
+    if len(text) <= limit:
+        return text
+    cut = text[: limit - 3]
+    words = cut.rsplit(" ", 1)[0] if " " in cut[limit // 2 :] else cut
+    return words.rstrip(" ,;:(") + "..."
+
+
+def seconds_tick(value: float) -> str:
+    """Seconds on an axis, without idle zeros.
+
+    >>> seconds_tick(0.1), seconds_tick(2.5e-3), seconds_tick(100)
+    ('100 ms', '2.5 ms', '100 s')
+    """
+    number, unit = seconds_text(value).split(" ")
+    return f"{number.rstrip('0').rstrip('.') if '.' in number else number} {unit}"
 
 
 def source_line(devices: Sequence[Device]) -> str:
@@ -224,4 +268,4 @@ _NEAR: Final = [(9, d) for d in (_ABOVE, _BELOW, _RIGHT, _LEFT, _DIRECTIONS[2])]
 
 def text_width(text: str, size: float) -> float:
     """Pixels that a label needs, from the mean width of a sans-serif letter."""
-    return 0.56 * size * max(len(line) for line in text.split("<br>"))
+    return 0.55 * size * max(len(line) for line in text.split("<br>"))

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from cli.charts.picture import HEIGHT, MARGIN, WIDTH, Box
+from cli.quantity import count_text
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -74,9 +75,7 @@ def plain_decade(value: float) -> str:
     return "10" + str(exponent).translate(_SUPERSCRIPTS)
 
 
-def count_ticks(
-    low: float, high: float, *, powers_of_two: bool
-) -> tuple[list[float], list[str]]:
+def count_ticks(low: float, high: float, *, powers_of_two: bool) -> tuple[list[float], list[str]]:
     """Tick values and texts for a count: powers of two as 4k, or 1-2-5 steps in all digits."""
     if powers_of_two:
         first, last = math.ceil(math.log2(low) - 1e-9), math.floor(math.log2(high) + 1e-9)
@@ -87,15 +86,3 @@ def count_ticks(
         values = [v for v in steps if low <= v <= high]
         values = values if len(values) <= 12 else decades(low, high)
     return values, [count_text(v) for v in values]
-
-
-def count_text(value: float) -> str:
-    """A count as it may be typed: 131072 is '128k', what k = 1024 does not divide in all digits.
-
-    >>> count_text(131072), count_text(2**20), count_text(100), count_text(2000)
-    ('128k', '1M', '100', '2,000')
-    """
-    for factor, letter in ((2**20, "M"), (2**10, "k")):
-        if value >= factor and value % factor == 0:
-            return f"{value / factor:.0f}{letter}"
-    return f"{value:,.0f}"

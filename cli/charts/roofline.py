@@ -17,16 +17,16 @@ from cli.charts.picture import (
     Box,
     Placer,
     log_axis,
-    shortened,
     source_line,
     style,
     text_width,
 )
-from cli.charts.plane import Plane, count_text, decades, plain_decade, spread
-from cli.quantity import digits, scaled_text, seconds_text
+from cli.charts.plane import Plane, decades, plain_decade, spread
+from cli.quantity import count_text, digits, scaled_text, seconds_text
 from cli.questions import Over
 from cli.roofs import Place, Roofs
 from cli.series import caption
+from cli.wording import resource_text
 
 Panels: TypeAlias = Sequence[tuple[Roofs, Sequence[Place]]]
 
@@ -58,7 +58,7 @@ def figure(panels: Panels, over: Over | None) -> go.Figure:
     style(
         fig,
         title=_title(panels, list(names), over),
-        subtitle=shortened(caption([p.series for _, places in panels for p in places]), 150),
+        subtitle=caption([p.series for _, places in panels for p in places]),
         footnote=_footnote(panels, over),
     )
     return fig
@@ -107,6 +107,7 @@ class _Panel:
         self.axes = {"xaxis": f"x{self.suffix}", "yaxis": f"y{self.suffix}"}
         self.number, self.placer = number, Placer(plane.frame)
         self.markers: list[Box] = []
+        self.lines: dict[str, list[Box]] = {}  # of each roof
         self.alone = plane.x_domain == (0.0, 1.0)
         # Three or four panels share the picture: smaller words, fewer of them.
         self.small = plane.y_domain[1] - plane.y_domain[0] < 0.9
@@ -179,7 +180,7 @@ class _Panel:
             x=[start, self.plane.x_high], y=[rate, rate], mode="lines", line=line,
             hoverinfo="text", hovertext=f"{name}: {scaled_text(rate, 'FLOP/s')}",
         )  # fmt: skip
-        self._keep_line(start, rate, self.plane.x_high, rate)
+        self.lines[name] = self._keep_line(start, rate, self.plane.x_high, rate)
 
     def _roof_labels(self) -> None:
         top, hbm = self.roofs.compute[0], self.roofs.memory[-1]
@@ -218,7 +219,7 @@ class _Panel:
             hoverinfo="text",
             hovertext=f"{LEVEL_NAMES.get(level, level)}: {scaled_text(bandwidth, 'B/s')}",
         )  # fmt: skip
-        self._keep_line(start, start * bandwidth, end, top)
+        self.lines[level] = self._keep_line(start, start * bandwidth, end, top)
 
     def _slanted_label(self, level: str, bandwidth: float, top: float, color: str) -> None:
         """The level's name along its roof, above the line, as low as markers leave room."""
@@ -231,11 +232,14 @@ class _Panel:
         length, wide = math.hypot(x1 - x0, y1 - y0), text_width(text, size)
         lift = 0.5 * size + 4
         dx, dy = -lift * math.sin(radians), lift * math.cos(radians)
-        for along in range(int(wide / 2 + 26), int(length - wide / 2 - 10), 10):
-            part = along / length
-            cx, cy = x0 + part * (x1 - x0) + dx, y0 + part * (y1 - y0) + dy
-            boxes = _chain(cx, cy, radians, wide, 0.6 * size)
-            if not any(box.overlaps(mark) for box in boxes for mark in self.markers):
+        others = [box for name, line in self.lines.items() if name != level for box in line]
+        for taken in (self.markers + others, self.markers):  # over another roof if need be
+            for along in range(int(wide / 2 + 26), int(length - wide / 2 - 10), 10):
+                part = along / length
+                cx, cy = x0 + part * (x1 - x0) + dx, y0 + part * (y1 - y0) + dy
+                boxes = _chain(cx, cy, radians, wide, 0.5 * size)
+                if any(box.overlaps(mark) for box in boxes for mark in taken):
+                    continue
                 x = start * (end / start) ** part
                 self._text(
                     text, x, x * bandwidth, dx=dx, dy=dy, xanchor="center", yanchor="middle",
@@ -372,7 +376,7 @@ class _Panel:
             f"{scaled_text(float(place.flops_per_s[i]), 'FLOP/s')} at the lower bound",
             f"{digits(float(place.intensity[level][i]))} FLOP per byte of "
             f"{LEVEL_NAMES.get(level, level)}",
-            f"{seconds_text(float(s.seconds[i]))}, bound by {s.bound[i]}",
+            f"{seconds_text(float(s.seconds[i]))}, bound by {resource_text(str(s.bound[i]))}",
         ]
         if self.over is not None:
             lines.insert(1, self._value_text(place, i))
@@ -390,8 +394,10 @@ class _Panel:
         self.placer.keep_clear(*self.plane.pixel(x, y), radius)
         self.markers.append(self.placer.taken[-1])
 
-    def _keep_line(self, x0: float, y0: float, x1: float, y1: float) -> None:
+    def _keep_line(self, x0: float, y0: float, x1: float, y1: float) -> list[Box]:
+        before = len(self.placer.taken)
         self.placer.keep_line_clear(*self.plane.pixel(x0, y0), *self.plane.pixel(x1, y1))
+        return self.placer.taken[before:]
 
     def _text(
         self, text: str, x: float, y: float, *, dx: float, dy: float, xanchor: str, yanchor: str,

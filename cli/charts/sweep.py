@@ -19,25 +19,25 @@ from cli.charts.picture import (
     Box,
     Placer,
     log_axis,
-    shortened,
+    seconds_tick,
     source_line,
     style,
+    text_width,
 )
-from cli.charts.plane import Plane, count_text, count_ticks, decades, spread
-from cli.quantity import scaled_text, seconds_text
+from cli.charts.plane import Plane, count_ticks, decades, spread
+from cli.quantity import count_text, scaled_text, seconds_text
 from cli.questions import Over
 from cli.series import Crossover, Series, caption
+from cli.wording import resource_text
 
 DASHES: Final = ("solid", "dash", "dot", "dashdot")
 SYMBOLS: Final = {
     "tensor": "circle", "vector": "square", "special": "diamond", "hbm": "triangle-up",
-    "l2": "triangle-down", "smem": "cross", "register": "x",
+    "l2": "triangle-down", "llc": "hexagon", "smem": "cross", "register": "x",
 }  # fmt: skip
-MEANINGS: Final = {
-    "tensor": "tensor units", "vector": "vector units", "special": "special functions",
-    "hbm": "HBM bandwidth", "l2": "L2 bandwidth", "smem": "shared memory", "register": "registers",
-}  # fmt: skip
-LABEL_ROOM: Final = 214
+MARK_SIZES: Final = {"triangle-up": 14, "triangle-down": 14, "diamond": 13}
+"""Of the symbols that look small at the common size."""
+MARK_SIZE: Final = 11
 MOST_MARKERS: Final = 25
 MOST_CROSSINGS: Final = 8
 
@@ -47,7 +47,8 @@ def figure(series: Sequence[Series], over: Over, crossings: Sequence[Crossover])
     key = over.key
     x_low, x_high = spread(over.values, 1.12, 1.12)
     y_low, y_high = spread(np.concatenate([s.seconds for s in series]), 2.2, 2.2)
-    plane = Plane(x_low=x_low, x_high=x_high, y_low=y_low, y_high=y_high, right_margin=LABEL_ROOM)
+    room = _label_room(series)
+    plane = Plane(x_low=x_low, x_high=x_high, y_low=y_low, y_high=y_high, right_margin=room)
     fig = go.Figure()
     by = _colored_by(series)
     colors = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(_unique(series, by))}
@@ -61,14 +62,14 @@ def figure(series: Sequence[Series], over: Over, crossings: Sequence[Crossover])
     x_ticks, x_texts = count_ticks(x_low, x_high, powers_of_two=_powers_of_two(over))
     y_ticks = decades(y_low, y_high)
     fig.update_xaxes(log_axis(key, x_low, x_high, x_ticks, x_texts))
-    fig.update_yaxes(log_axis("time", y_low, y_high, y_ticks, [_tick(v) for v in y_ticks]))
+    fig.update_yaxes(log_axis("time", y_low, y_high, y_ticks, [seconds_tick(v) for v in y_ticks]))
     style(
         fig,
         title=_title(series, key),
-        subtitle=shortened(caption(series), 150),
+        subtitle=caption(series),
         footnote=_footnote(series),
     )
-    fig.update_layout(margin={**MARGIN, "r": LABEL_ROOM})
+    fig.update_layout(margin={**MARGIN, "r": room})
     return fig
 
 
@@ -83,10 +84,6 @@ def _unique(series: Sequence[Series], attribute: str) -> list[str]:
 def _colored_by(series: Sequence[Series]) -> str:
     """Colours tell ops apart, or devices where there is one op only."""
     return "op_name" if len(_unique(series, "op_name")) > 1 else "device_id"
-
-
-def _tick(value: float) -> str:
-    return seconds_text(value).replace(".00", "").replace(".0", "")
 
 
 def _line(s: Series, color: str, dash: str) -> go.Scatter:
@@ -104,13 +101,15 @@ def _line(s: Series, color: str, dash: str) -> go.Scatter:
 def _markers(s: Series, key: str, color: str) -> go.Scatter:
     shown = _marked(s)
     texts = [_hover(s, i, key) for i in shown]
+    symbols = [SYMBOLS.get(str(s.bound[i]), "star") for i in shown]
     return go.Scatter(
         x=[s.values[i] for i in shown],
         y=s.seconds[shown],
         mode="markers",
         marker={
-            "symbol": [SYMBOLS.get(str(s.bound[i]), "star") for i in shown],
-            "size": 11,
+            "symbol": symbols,
+            "size": [MARK_SIZES.get(symbol, MARK_SIZE) for symbol in symbols],
+            "opacity": 1,  # sizes in a list would make plotly's default translucent
             "color": color,
             "line": {"color": "white", "width": 1.5},
         },
@@ -137,7 +136,7 @@ def _hover(s: Series, i: int, key: str) -> str:
     ]
     head = f"<b>{s.op_name}</b> on {s.device_id}<br>{key} = {s.values[i]:,}"
     moved = scaled_text(float(s.along(s.estimate.bytes_by_level["hbm"])[i]), "B")
-    time = f"{seconds_text(float(s.seconds[i]))}, bound by {s.bound[i]}"
+    time = f"{seconds_text(float(s.seconds[i]))}, bound by {resource_text(str(s.bound[i]))}"
     return "<br>".join([head, time, f"HBM traffic {moved}", *parts])
 
 
@@ -147,8 +146,9 @@ def _legend(fig: go.Figure, series: Sequence[Series]) -> None:
     for resource in [r for r in SYMBOLS if r in bounds]:
         fig.add_trace(
             go.Scatter(
-                x=[None], y=[None], mode="markers", name=f"bound by {MEANINGS[resource]}",
-                marker={"symbol": SYMBOLS[resource], "size": 11, "color": QUIET},
+                x=[None], y=[None], mode="markers", name=f"bound by {resource_text(resource)}",
+                marker={"symbol": SYMBOLS[resource], "color": QUIET,
+                        "size": MARK_SIZES.get(SYMBOLS[resource], MARK_SIZE)},
             )
         )  # fmt: skip
     devices = _unique(series, "device_id")
@@ -162,11 +162,19 @@ def _legend(fig: go.Figure, series: Sequence[Series]) -> None:
     fig.update_layout(
         showlegend=True,
         legend={
-            "x": 0.012, "y": 0.985, "xanchor": "left", "yanchor": "top",
-            "bgcolor": "rgba(255,255,255,0.88)", "font": {"size": 13, "color": QUIET},
+            "x": 0.002, "y": 1.0, "xanchor": "left", "yanchor": "top",
+            "bgcolor": "white", "font": {"size": 13, "color": QUIET},
             "itemclick": False, "itemdoubleclick": False,
         },
     )  # fmt: skip
+
+
+def _label_room(series: Sequence[Series]) -> float:
+    """Pixels at the right for the longest name of a line."""
+    names = [text_width(s.op_name, 14) for s in series]
+    if len(_unique(series, "device_id")) > 1:
+        names += [text_width(s.device_id, 12) for s in series]
+    return min(max(names) + 48, 300)
 
 
 def _end_labels(

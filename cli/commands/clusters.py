@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli import show
+from cli.options import AsJson
 from cli.quantity import scaled_text, seconds_text
 from hwmodels.errors import InputError
 
@@ -17,12 +18,20 @@ if TYPE_CHECKING:
 
 def clusters(
     name: Annotated[
-        str | None, typer.Argument(help="A cluster, or a TOML file of your own.")
+        str | None, typer.Argument(metavar="NAME", help="A cluster, or a TOML file of your own.")
     ] = None,
-    nodes: Annotated[int | None, typer.Option("--nodes", help="Nodes of it (default 1).")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+    nodes: Annotated[
+        int | None, typer.Option("--nodes", "-n", metavar="N", help="Nodes of it (default 1).")
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """List the clusters, or show one with its link levels, sources and doubts."""
+    """The clusters, or one with its links and their sources.
+
+    \b
+    Examples:
+      ridgeplan clusters
+      ridgeplan clusters hgx-h100 --nodes 8
+    """
     from hwmodels import catalog
 
     if name is None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli import show
+from cli.options import AsJson
 from cli.quantity import capacity_text, digits, scaled_text, seconds_text
 
 if TYPE_CHECKING:
@@ -16,11 +17,18 @@ if TYPE_CHECKING:
 
 def devices(
     name: Annotated[
-        str | None, typer.Argument(help="A device, or a TOML file of your own.")
+        str | None, typer.Argument(metavar="NAME", help="A device, or a TOML file of your own.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """List the devices, or show one with every figure, its source and its doubts."""
+    """The accelerators, or one with every figure and its source.
+
+    \b
+    Examples:
+      ridgeplan devices
+      ridgeplan devices h100-sxm
+      ridgeplan devices ./my-gpu.toml --json
+    """
     from hwmodels import catalog
 
     if name is not None:

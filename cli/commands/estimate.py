@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from cli import show
+from cli.options import AsJson, Params
 from cli.quantity import digits, percent_text, scaled_text, seconds_text
-from cli.questions import PARAM_HELP
 from cli.wording import resource_text
 
 if TYPE_CHECKING:
@@ -25,14 +25,25 @@ RUNGS: Final = {
 
 
 def estimate(
-    name: Annotated[str, typer.Argument(help="The op; `ridgeplan systems` lists them.")],
-    device: Annotated[str, typer.Option("--device", "-d", help="A device, or a TOML file.")],
-    param: Annotated[
-        list[str] | None, typer.Option("-p", "--param", metavar="KEY=VALUE", help=PARAM_HELP)
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="The op; `ridgeplan systems` lists them.")
+    ],
+    device: Annotated[
+        str, typer.Option("--device", "-d", metavar="NAME", help="A device, or a TOML file.")
+    ],
+    param: Params = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Estimate one op: counts, bytes per level, time, what bounds it, distance from the limit."""
+    """How long one op takes on one device, and what bounds it.
+
+    Shows what the op computes and moves at every memory level, how long each of that takes at
+    the device's peak rates, and how far it is from what any algorithm could reach.
+
+    \b
+    Examples:
+      ridgeplan estimate matmul -d h100-sxm -p m=4k -p n=4k -p k=4k
+      ridgeplan estimate flash_attention_2 -d t4 -p heads=32 -p seq=8k -p dim=128 -p dtype=fp16
+    """
     from cli.questions import ops_asked
     from cli.records import record
     from hwmodels import catalog
@@ -117,9 +128,7 @@ def _compute_rows(e: Estimate, r: dict[str, Any]) -> Iterator[_Row]:
     work = r["work"]
     for dtype in e.work.tensor_flops:
         rate, unit = e.device.matmul_rate_flops_per_s(dtype)
-        yield _Row(
-            f"{dtype} products", work["needed_tensor_flops"][str(dtype)], "FLOP", unit, rate
-        )
+        yield _Row(f"{dtype} products", work["needed_tensor_flops"][str(dtype)], "FLOP", unit, rate)
     vector_rate, special_rate = e.device.vector_rate_flops_per_s(FP32), e.device.special_ops_per_s
     yield _Row("vector flops", work["needed_vector_flops"], "FLOP", "vector", vector_rate)
     yield _Row("special functions", work["needed_special_ops"], "op", "special", special_rate)

@@ -3,168 +3,211 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Final, TypeAlias
 
 import typer
 
 from cli import show
-from cli.quantity import digits, parse, parse_count, percent_text, scaled_text, seconds_text
-from hwmodels.errors import InputError
+from cli.options import AsJson, Html, Out
+from cli.plans import RUNG, asked_of, asked_text, reason_text, record, short_plan, step_text
+from cli.quantity import (
+    count_text,
+    digits,
+    parse,
+    parse_count,
+    percent_text,
+    scaled_text,
+    seconds_text,
+    shown,
+)
+from cli.wording import resource_text
+from hwmodels.errors import InputError, UnknownNameError
+from hwmodels.units import GIB
 
 if TYPE_CHECKING:
-    from hwmodels.calibration import StepRatio
     from rich.table import Table
 
+    from hwmodels.calibration import StepRatio
+    from hwmodels.cluster import Cluster
     from simulator.planners.parallelism import Candidate, PlanChoice, Step
+    from workloads.models.config import TransformerConfig
 
 PHASES: Final = ("train", "prefill", "decode")
-GIB: Final = 2**30
+MOST: Final = 2**30
+"""Tokens in a sequence, sequences in a batch: more is a slip of the keyboard."""
+MOST_NODES: Final = 2**20
 
-RUNG: Final = "bound: kernels at their roofline, links at wire rate; a real step is slower"
+PIN_WORDS: Final = {"mb": "micro_batch", "v": "interleave", "zero": "zero_stage"}
+"""Fields of a plan as its short form writes them."""
+
+Model: TypeAlias = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="A Hugging Face config.json (see examples/).")
+]
+ClusterName: TypeAlias = Annotated[
+    str, typer.Option("--cluster", "-c", metavar="NAME", help="A cluster, or a TOML file.")
+]
+Seq: TypeAlias = Annotated[
+    str, typer.Option("--seq", metavar="N", help="Tokens per sequence; 128k is 131072.")
+]
+Nodes: TypeAlias = Annotated[
+    int, typer.Option("--nodes", "-n", metavar="N", help="Nodes of the cluster.")
+]
+GlobalBatch: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--global-batch", "-b", metavar="N", help="Sequences per step, all ranks together."
+    ),
+]
+Phase: TypeAlias = Annotated[
+    str, typer.Option("--phase", metavar="NAME", help="train, prefill or decode.")
+]
+RecipeName: TypeAlias = Annotated[
+    str,
+    typer.Option("--recipe", metavar="NAME", help="Precision: bf16, bf16-grad16, fp16 or fp32."),
+]
+HbmFraction: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--hbm-fraction", metavar="SHARE", help="Share of the memory that a plan may fill."
+    ),
+]
+Pins: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--pin", metavar="KEY=N", help="Only plans with this value, e.g. tp=8; may repeat."
+    ),
+]
+Top: TypeAlias = Annotated[
+    int, typer.Option("--top", metavar="N", min=1, max=50, help="Plans to show.")
+]
 
 
 def plan(
-    model: Annotated[Path, typer.Argument(help="A Hugging Face config.json (see examples/).")],
-    cluster: Annotated[str, typer.Option("--cluster", "-c", help="A cluster, or a TOML file.")],
-    seq: Annotated[str, typer.Option("--seq", help="Tokens per sequence; 128k is 131072.")],
-    nodes: Annotated[int, typer.Option("--nodes", "-n", help="Nodes of the cluster.")] = 1,
-    global_batch: Annotated[
-        str, typer.Option("--global-batch", "-b", help="Sequences per step, all ranks together.")
-    ] = "1",
-    phase: Annotated[str, typer.Option("--phase", help="train, prefill or decode.")] = "train",
-    recipe: Annotated[
-        str, typer.Option("--recipe", help="Precision: bf16, bf16-grad16, fp16, fp32.")
-    ] = "bf16",
-    hbm_fraction: Annotated[
-        str, typer.Option("--hbm-fraction", help="Share of the memory a plan may fill.")
-    ] = "92%",
-    pin: Annotated[
-        list[str] | None,
-        typer.Option("--pin", metavar="KEY=VALUE", help="Only plans with this value: tp=8."),
-    ] = None,
-    top: Annotated[int, typer.Option("--top", min=1, max=50, help="Plans to show.")] = 5,
-    html: Annotated[
-        Path | None, typer.Option("--html", help="Draw the search as one page.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Draw it: .html, .png, .svg, .pdf.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+    model: Model,
+    cluster: ClusterName,
+    seq: Seq,
+    nodes: Nodes = 1,
+    global_batch: GlobalBatch = "1",
+    phase: Phase = "train",
+    recipe: RecipeName = "bf16",
+    hbm_fraction: HbmFraction = "92%",
+    pin: Pins = None,
+    top: Top = 5,
+    html: Html = None,
+    out: Out = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Find the fastest plan that fits, with its step time by piece and its memory by part."""
-    from hwmodels.calibration import step_ratio
+    """The fastest way to split a model over a cluster.
 
+    Evaluates every plan (data, tensor, pipeline, context and expert parallelism, micro-batch,
+    interleaving, recomputation, ZeRO) and shows the fastest that fit, with the step's time by
+    piece, the memory by part, and what the others pay for.
+
+    \b
+    Examples:
+      ridgeplan plan examples/llama3-8b.json -c hgx-h100 -n 8 --seq 128k -b 64
+      ridgeplan plan examples/llama3-8b.json -c hgx-h100 --seq 8k -b 64 --pin tp=1
+      ridgeplan plan examples/llama3-70b.json -c hgx-h200 --seq 8k -b 32 --phase decode
+    """
     from cli.charts.picture import asked_for
     from cli.files import check_writable, write_all
     from cli.progress import patience
     from hwmodels import catalog
+    from hwmodels.calibration import step_ratio
     from simulator.planners.parallelism import plan_parallelism
     from simulator.recipe import recipe as recipe_of
-    from workloads.models.config import load_hf_config
+    from workloads.models.config import load_model
 
     pictures = asked_for(html, out)
     check_writable(pictures)
-    question = _question(phase, load_hf_config(model), seq, global_batch)
+    if nodes > MOST_NODES:
+        raise InputError(f"--nodes = {nodes} is more than {count_text(MOST_NODES)}; give fewer")
+    kind = _phase(phase)
+    len_seq, batch = _whole(seq, "--seq"), _whole(global_batch, "--global-batch")
+    hbm_frac, pins = parse(hbm_fraction, "frac", "--hbm-fraction"), _pins(pin or [])
+    question = _question(kind, load_model(model), len_seq, batch)
     system = catalog.cluster(cluster, nodes)
     with patience("evaluating plans"):
         choice = plan_parallelism(
             question,
             on=system,
             recipe=recipe_of(recipe),
-            hbm_frac=parse(hbm_fraction, "frac", "--hbm-fraction"),
+            hbm_frac=hbm_frac,
             num_runners_up=top - 1,
-            pins=_pins(pin or []),
+            pins=pins,
         )
     device = system.device
-    ratio = step_ratio(device.id, device.architecture) if phase == "train" else None
+    ratio = step_ratio(device.id, device.architecture) if kind == "train" else None
     if pictures:
         from cli.charts.picture import rendered
         from cli.charts.plan import figure
 
         with patience("drawing"):
-            drawn = figure(choice, question)
+            drawn = figure(choice, question, ratio)
             write_all({path: rendered(drawn, path.suffix) for path in pictures})
     if as_json:
-        show.print_json(_record(choice, question, ratio))
+        show.print_json(record(choice, question, ratio))
     else:
         _show(choice, question, ratio)
-    for path in pictures:
-        typer.echo(f"wrote {path}", err=True)
+        for path in pictures:
+            print(f"wrote {path}")
 
 
-def _question(phase: str, config: Any, seq: str, global_batch: str) -> Step:
-    from workloads.models.transformer import decode_step, prefill_step, train_step
+def _phase(text: str) -> str:
+    kind = text.strip().casefold()
+    if kind not in PHASES:
+        raise UnknownNameError("--phase", shown(text), PHASES, f"give {', '.join(PHASES)}")
+    return kind
 
-    if phase not in PHASES:
-        raise InputError(f"--phase {phase!r} is unknown; give one of {', '.join(PHASES)}")
-    len_seq = parse_count(seq, "--seq")
-    batch = parse_count(global_batch, "--global-batch")
-    if phase == "train":
-        return train_step(config, len_seq=len_seq, global_batch=batch)
-    make = prefill_step if phase == "prefill" else decode_step
-    return make(config, batch=batch, len_context=len_seq)
+
+def _whole(text: str, option: str) -> int:
+    """A size of the question: whole, positive, and of this world."""
+    number = parse_count(text, option)
+    if not 1 <= number <= MOST or number != int(number):
+        most = count_text(MOST)
+        raise InputError(f"{option} = '{shown(text)}' is not a whole number from 1 to {most}")
+    return int(number)
 
 
 def _pins(given: list[str]) -> dict[str, int]:
-    pins = {}
-    for text in given:
-        key, equals, value = text.partition("=")
-        number = parse_count(value, f"--pin {key}") if equals else None
-        if number is None or number != int(number):
-            raise InputError(f"--pin '{text}' is not KEY=VALUE with a whole number, such as tp=8")
-        pins[key.strip()] = int(number)
+    """Field of the plan -> its value; short words as a plan is written are welcome."""
+    from cli.questions import pairs
+
+    pins: dict[str, int] = {}
+    for key, text in pairs(given, "--pin", "tp=8"):
+        field = PIN_WORDS.get(key.casefold(), key.casefold())
+        told = _recompute(text) if field == "recompute" else text
+        number = parse_count(told, f"--pin {shown(key)}")
+        least = 0 if field in ("recompute", "zero_stage") else 1
+        if number < least or number != int(number):
+            raise InputError(
+                f"--pin {shown(key)} = '{shown(text)}' is not a whole number from {least} up"
+            )
+        if field in pins:
+            raise InputError(f"--pin {shown(field)} is given twice; keep one")
+        pins[field] = int(number)
     return pins
 
 
-# ---- for programs ----------------------------------------------------------------------------
+def _recompute(text: str) -> str:
+    """The number of a recompute mode that is given by its name."""
+    from workloads.plan import Recompute
+
+    names = {mode.name.casefold(): str(int(mode)) for mode in Recompute}
+    return names.get(text.casefold(), text)
 
 
-def _record(choice: PlanChoice, question: Step, ratio: StepRatio | None) -> dict[str, Any]:
-    from simulator.planners.parallelism import why_slower
+def _question(kind: str, config: TransformerConfig, len_seq: int, batch: int) -> Step:
+    from workloads.models.transformer import decode_step, prefill_step, train_step
 
-    best = choice.best
-    return {
-        "model": question.config.name,
-        "phase": getattr(question, "phase", "train"),
-        "cluster": choice.cluster.id,
-        "device": choice.cluster.device.id,
-        "num_nodes": choice.cluster.num_nodes,
-        "num_accelerators": choice.cluster.num_accelerators,
-        "recipe": choice.recipe.name,
-        "budget_bytes": choice.budget_bytes,
-        "rung": best.step.rung,
-        "num_evaluated": choice.num_evaluated,
-        "num_feasible": choice.num_feasible,
-        "gap_frac": choice.gap_frac,
-        "measured_over_bound": ratio,
-        "plans": [
-            _candidate(c) | {"why_not_best": None if c is best else why_slower(c, best)}
-            for c in (best, *choice.runners_up)
-        ],
-    }
-
-
-def _candidate(c: Candidate) -> dict[str, Any]:
-    return {
-        "plan": c.plan,
-        "seconds": c.step.seconds,
-        "lower_s": c.step.lower_s,
-        "upper_s": c.step.upper_s,
-        "tokens_per_s": c.step.tokens_per_s,
-        "mfu_frac": c.step.mfu_frac,
-        "bound": c.step.bound,
-        "seconds_by_piece": c.step.seconds_by_piece,
-        "compute_by_resource": c.step.compute_by_resource,
-        "memory_bytes": c.memory.total,
-        "memory_bytes_by_part": c.memory.bytes_by_part,
-    }
-
-
-# ---- for people ------------------------------------------------------------------------------
+    if kind == "train":
+        return train_step(config, len_seq=len_seq, global_batch=batch)
+    make = prefill_step if kind == "prefill" else decode_step
+    return make(config, batch=batch, len_context=len_seq)
 
 
 def _show(choice: PlanChoice, question: Step, ratio: StepRatio | None) -> None:
-    out, best, system = show.console(), choice.best, choice.cluster
+    out, system = show.console(), choice.cluster
     nodes = f"{system.num_nodes} node{'s' if system.num_nodes > 1 else ''}"
     out.print(
         f"{asked_text(question)} on {system.num_accelerators} x {system.device.id} "
@@ -172,53 +215,31 @@ def _show(choice: PlanChoice, question: Step, ratio: StepRatio | None) -> None:
         style="bold",
     )
     out.print()
-    out.print(show.pairs(_headline(choice, ratio)))
-    pieces, split = _pieces(best)
-    out.print(pieces)
-    out.print(split)
+    out.print(show.pairs(_headline(choice, question, ratio)))
+    out.print(_pieces(choice.best))
+    out.print(f"Kernels are bound by {_split(choice.best)}.")
     out.print(_memory(choice))
     out.print(_ranking(choice))
-    search = (
-        f"{choice.num_evaluated:,} plans evaluated, {choice.num_feasible:,} fit; every plan of "
-        f"the space was tried, so the gap is {percent_text(choice.gap_frac)}"
-    )
-    budget = (
-        f"{choice.budget_bytes / GIB:.1f} of {system.device.hbm.capacity_bytes / GIB:.1f} GiB; "
-        "the rest is a margin for context, communication buffers and fragmentation"
-    )
-    level = system.levels[-1] if system.num_nodes > 1 else system.levels[0]
-    sources = [
-        ("Search", search),
-        ("Budget", budget),
-        ("Recipe", f"{choice.recipe.name}, {choice.recipe.source}"),
-        ("Sources", f"links: {_link_source(choice, level.name)}"),
-    ]
-    out.print(show.pairs(sources))
+    out.print(show.pairs(_search(choice, question)))
 
 
-def asked_text(question: Step) -> str:
-    """The question in words: 'train llama3-8b, 64 x 131072 tokens'."""
-    from workloads.models.transformer import TrainStep
-
-    if isinstance(question, TrainStep):
-        return (
-            f"train {question.config.name}, "
-            f"{question.global_batch:g} x {question.len_seq:g} tokens a step"
-        )
-    what = "prompts" if question.phase == "prefill" else "sequences at position"
-    return (
-        f"{question.phase} {question.config.name}, {question.batch:g} {what} "
-        f"{'of ' if question.phase == 'prefill' else ''}{question.len_context:g}"
-    )
-
-
-def _headline(choice: PlanChoice, ratio: StepRatio | None) -> list[tuple[str, str]]:
+def _headline(
+    choice: PlanChoice, question: Step, ratio: StepRatio | None
+) -> list[tuple[str, str]]:  # fmt: skip
     step = choice.best.step
     seconds = float(step.seconds)
-    bounds = f"{seconds_text(float(step.lower_s))} .. {seconds_text(float(step.upper_s))}"
+    lower, upper = seconds_text(float(step.lower_s)), seconds_text(float(step.upper_s))
     lines = [
         ("Best plan", str(choice.plan)),
-        ("Step", f"{seconds_text(seconds)}, bounds {bounds}, bound by {bound_text(step.bound)}"),
+        (
+            "Time",
+            f"{seconds_text(seconds)} {step_text(question)}, bound by {resource_text(step.bound)}",
+        ),
+        (
+            "Bounds",
+            f"{lower} if all communication hid, {upper} if nothing overlapped at these peak "
+            "rates: a real step can exceed both",
+        ),
         (
             "Speed",
             f"{scaled_text(float(step.tokens_per_s), 'tokens/s')}, "
@@ -226,48 +247,37 @@ def _headline(choice: PlanChoice, ratio: StepRatio | None) -> list[tuple[str, st
         ),
         ("Rung", RUNG),
     ]
-    if ratio is not None:
-        low, high = seconds * ratio.p10, seconds * ratio.p90
-        lines.append(
-            (
-                "Expect",
-                f"{seconds_text(low)} .. {seconds_text(high)}: {ratio.num_rows} published "
-                f"training steps ({ratio.scope}) took {digits(ratio.p10)} to "
-                f"{digits(ratio.p90)} times this bound (80 %), {digits(ratio.median)} in the "
-                "median",
-            )
-        )
-    return lines
+    return lines if ratio is None else [*lines, ("Expect", _expected(seconds, ratio))]
 
 
-def bound_text(name: str) -> str:
-    """A resource or piece as people call it."""
-    return {
-        "tensor": "tensor cores",
-        "vector": "vector units",
-        "special": "special functions",
-        "hbm": "HBM bandwidth",
-        "l2": "L2 bandwidth",
-        "smem": "shared-memory bandwidth",
-    }.get(name, name)
+def _expected(seconds: float, ratio: StepRatio) -> str:
+    """The range that published steps of such devices make likely."""
+    low, high = seconds_text(seconds * ratio.p10), seconds_text(seconds * ratio.p90)
+    return (
+        f"{low} .. {high}: four in five of {ratio.num_rows} published training steps on this "
+        f"{ratio.scope} took {digits(ratio.p10)} to {digits(ratio.p90)} times their bound "
+        f"({digits(ratio.median)} in the median)"
+    )
 
 
-def _pieces(best: Candidate) -> tuple[Table, str]:
-    """Where the step's time goes, and how its kernels split by binding resource."""
+def _pieces(best: Candidate) -> Table:
+    """Where the step's time goes."""
     table = show.table("piece of the step", "time", "share", right=("time", "share"))
     total = float(best.step.seconds)
     rows = {k: float(v) for k, v in best.step.seconds_by_piece.items()}
     for piece, seconds in sorted(rows.items(), key=lambda item: -item[1]):
         if seconds > 0:
             table.add_row(piece, seconds_text(seconds), percent_text(seconds / total))
+    return table
+
+
+def _split(best: Candidate) -> str:
+    """The kernels' time by binding resource, in words."""
     compute = {k: float(v) for k, v in best.step.compute_by_resource.items()}
     whole = sum(compute.values())
-    split = ", ".join(
-        f"{bound_text(k)} {percent_text(v / whole)}"
-        for k, v in sorted(compute.items(), key=lambda item: -item[1])
-        if v > 0
-    )
-    return table, f"kernel time by binding resource: {split}"
+    ordered = sorted(compute.items(), key=lambda item: -item[1])
+    shares = [f"{resource_text(k)} for {percent_text(v / whole)}" for k, v in ordered if v > 0]
+    return ", ".join(shares) + " of their time"
 
 
 def _memory(choice: PlanChoice) -> Table:
@@ -277,7 +287,8 @@ def _memory(choice: PlanChoice) -> Table:
     for part, size in memory.bytes_by_part.items():
         if float(size) > 0:
             share = percent_text(float(size) / choice.budget_bytes)
-            table.add_row(part, f"{float(size) / GIB:.2f}", share)
+            name = "ends (embedding, head, loss)" if part == "ends" else part
+            table.add_row(name, f"{float(size) / GIB:.2f}", share)
     total = float(memory.total)
     table.add_section()
     table.add_row("total", f"{total / GIB:.2f}", percent_text(total / choice.budget_bytes))
@@ -285,11 +296,15 @@ def _memory(choice: PlanChoice) -> Table:
 
 
 def _ranking(choice: PlanChoice) -> Table:
-    """The best plan of every mesh, and what the others pay for."""
+    """The best plan of every mesh, and what the others pay for; no more columns than fit."""
     from simulator.planners.parallelism import why_slower
 
-    right = ("step", "MFU", "GiB")
-    table = show.table("plan", "step", "MFU", "GiB", "bound by", "why not", right=right)
+    wide, right = show.width() >= 90, ("step", "MFU", "GiB")
+    bound = ("bound by",) if wide else ()
+    table = show.table("plan", *right, *bound, "why not", right=right)
+    table.padding = (0, 1, 0, 0)
+    for column in table.columns[: 4 if show.width() >= 80 else 0]:
+        column.no_wrap = True
     for candidate in (choice.best, *choice.runners_up):
         first = candidate is choice.best
         table.add_row(
@@ -297,24 +312,43 @@ def _ranking(choice: PlanChoice) -> Table:
             seconds_text(float(candidate.step.seconds)),
             percent_text(float(candidate.step.mfu_frac)),
             f"{float(candidate.memory.total) / GIB:.1f}",
-            bound_text(candidate.step.bound),
-            "best" if first else why_slower(candidate, choice.best),
+            *((resource_text(candidate.step.bound),) if wide else ()),
+            "best" if first else reason_text(why_slower(candidate, choice.best)),
         )
     return table
 
 
-def short_plan(candidate: Candidate) -> str:
-    """The plan without what is at its default: 'dp4 tp1 pp1 cp16 mb1 zero2'."""
-    text = str(candidate.plan)
-    return (
-        text.replace(" recompute-none", "").replace("recompute-full", "full").replace(" zero0", "")
-    )
+def _search(choice: PlanChoice, question: Step) -> list[tuple[str, str]]:
+    """How the plan was found, within what budget, and whose figures it rests on."""
+    system, recipe = choice.cluster, choice.recipe
+    capacity = system.device.hbm.capacity_bytes
+    precision = f"{recipe.name}, {digits(recipe.weight_bytes, 1)} bytes a weight"
+    if asked_of(question)["phase"] == "train":
+        precision = f"{recipe.name}: {recipe.source}"
+    used = system.levels if system.num_nodes > 1 else system.levels[:1]
+    links = [
+        f"{x.name} {scaled_text(x.bytes_per_s, 'B/s')} ({_cited(system, x.name)})" for x in used
+    ]
+    return [
+        (
+            "Search",
+            f"all {choice.num_evaluated:,} plans of the space evaluated, {choice.num_feasible:,} "
+            f"fit: none is faster (gap {percent_text(choice.gap_frac)})",
+        ),
+        (
+            "Budget",
+            f"{choice.budget_bytes / GIB:.1f} of {capacity / GIB:.1f} GiB; the rest is a margin "
+            "for the driver, communication buffers and fragmentation",
+        ),
+        ("Recipe", precision),
+        ("Links", "; ".join(links)),
+    ]
 
 
-def _link_source(choice: PlanChoice, level: str) -> str:
+def _cited(cluster: Cluster, level: str) -> str:
+    """The source of a level's bandwidth: the most specific pattern that matches it."""
     from hwmodels.device import matches
 
     path = f"levels.{level}.bytes_per_s"
-    found = [g for g in choice.cluster.sources if matches(path, g)]
-    cited = choice.cluster.sources[max(found, key=len)] if found else "unsourced"
-    return f"{level} {cited}"
+    found = [pattern for pattern in cluster.sources if matches(path, pattern)]
+    return cluster.sources[max(found, key=len)] if found else "unsourced"

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from cli import show
+from cli.options import AsJson, Html, MaybeOver, OpNames, Out, Params
 from cli.quantity import digits, scaled_text, seconds_text
-from cli.questions import OVER_HELP, PARAM_HELP
 from hwmodels.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,23 +23,24 @@ MAX_POINTS: Final = 400
 
 
 def roofline(
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="One or more ops.")],
+    names: OpNames,
     device: Annotated[
-        list[str], typer.Option("--device", "-d", help="A device; may repeat, a panel each.")
+        list[str],
+        typer.Option("--device", "-d", metavar="NAME", help="A device; may repeat, a panel each."),
     ],
-    param: Annotated[
-        list[str] | None, typer.Option("-p", "--param", metavar="KEY=VALUE", help=PARAM_HELP)
-    ] = None,
-    over: Annotated[str | None, typer.Option("--over", metavar="KEY=RANGE", help=OVER_HELP)] = None,
-    html: Annotated[
-        Path | None, typer.Option("--html", help="Draw it as one self-contained page.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Draw it: .html, .png, .svg, .pdf.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+    param: Params = None,
+    over: MaybeOver = None,
+    html: Html = None,
+    out: Out = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Place ops under the roofs of devices: a chart for a slide, or a table."""
+    """Ops under the roofs of devices: table or chart.
+
+    \b
+    Examples:
+      ridgeplan roofline matmul -d h100-sxm -d mi300x -p m=4k -p n=4k -p k=4k
+      ridgeplan roofline matmul -d h100-sxm --over m=16:8k:x2 -p n=8k -p k=8k --out r.html
+    """
     from cli.charts.picture import asked_for, rendered
     from cli.files import check_writable, write_all
     from cli.progress import patience

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from cli import show
+from cli import options, show
 from cli.quantity import seconds_text
-from cli.questions import OVER_HELP, PARAM_HELP
 from hwmodels.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,30 +25,37 @@ CHUNK: Final = 10_000
 
 
 def sweep(
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="One or more ops.")],
-    over: Annotated[str, typer.Option("--over", metavar="KEY=RANGE", help=OVER_HELP)],
+    names: options.OpNames,
+    over: options.Over,
     device: Annotated[
         list[str] | None,
-        typer.Option("--device", "-d", help=f"A device; may repeat ({DEFAULT_DEVICE})."),
+        typer.Option(
+            "--device", "-d", metavar="NAME", help=f"A device; may repeat ({DEFAULT_DEVICE})."
+        ),
     ] = None,
-    param: Annotated[
-        list[str] | None, typer.Option("-p", "--param", metavar="KEY=VALUE", help=PARAM_HELP)
-    ] = None,
+    param: options.Params = None,
     csv_file: Annotated[
-        Path | None, typer.Option("--csv", help="Write every row to this CSV file.")
+        Path | None, typer.Option("--csv", metavar="FILE", help="Write every row to this CSV file.")
     ] = None,
     parquet: Annotated[
-        Path | None, typer.Option("--parquet", help="Write every row to this Parquet file.")
+        Path | None,
+        typer.Option("--parquet", metavar="FILE", help="Write every row to this Parquet file."),
     ] = None,
-    html: Annotated[
-        Path | None, typer.Option("--html", help="Draw the chart as one self-contained page.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Draw the chart: .html, .png, .svg or .pdf.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+    html: options.Html = None,
+    out: options.Out = None,
+    as_json: options.AsJson = False,
 ) -> None:
-    """Estimate ops over a range of one parameter: table, CSV, Parquet, chart."""
+    """Ops over a range of one parameter: table, file or chart.
+
+    Several ops or devices are compared; where two lines cross, it says from which value on the
+    other is faster.
+
+    \b
+    Examples:
+      ridgeplan sweep matmul --over m=1:8k:x2 -p n=8k -p k=8k -d h100-sxm -d b200-sxm
+      ridgeplan sweep attention flash_attention_2 --over seq=1k:128k:x2 -p heads=32 -p dim=128
+      ridgeplan sweep softmax --over rows=1k,4k,64k -p cols=32k --csv rows.csv --out rows.html
+    """
     from cli.files import check_writable, write_all
     from cli.progress import patience
     from cli.questions import parse_over

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from cli import show
+from cli.options import AsJson
 
 
-def systems(
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
-) -> None:
-    """List the published systems with their status, and the plain ops.
+def systems(as_json: AsJson = False) -> None:
+    """The published systems with their status, and the plain ops.
 
     proved: a program that counts itself backs the closed form. derived: the closed form stands
     alone. not yet: no op models the system.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 from itertools import combinations
 from pathlib import Path
 
@@ -128,11 +129,9 @@ def test_pixels_are_logarithmic() -> None:
 
 def test_ticks() -> None:
     assert decades(0.5, 2000) == [1, 10, 100, 1000]
-    values, texts = count_ticks(1000, 140_000, powers_of_two=True, is_length=True)
+    values, texts = count_ticks(1000, 140_000, powers_of_two=True)
     assert (values[0], texts[0], texts[-1]) == (1024, "1k", "128k")
-    assert count_ticks(900, 5000, powers_of_two=False, is_length=False)[1] == [
-        "1,000", "2,000", "5,000",
-    ]  # fmt: skip
+    assert count_ticks(900, 5000, powers_of_two=False)[1] == ["1,000", "2,000", "5,000"]
 
 
 def test_html_is_one_self_contained_page(
@@ -168,6 +167,40 @@ def test_without_a_browser_an_image_is_refused_and_nothing_is_written(
     assert err.startswith("ridgeplan: error: drawing .png needs a Chrome or Chromium")
     assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_the_image_extra_one_line_says_how_to_get_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "kaleido", None)
+    for command in (["sweep", "--over", "m=1,2"], ["roofline", "-d", "h100-sxm", "-p", "m=1"]):
+        args = [*command, "matmul", "-p", "n=64", "-p", "k=64"]
+        for suffix in ("png", "svg", "pdf"):
+            assert main([*args, "--out", str(tmp_path / f"a.{suffix}")]) == 2
+            out, err = capsys.readouterr()
+            assert out == ""
+            assert err == (
+                f"ridgeplan: error: drawing .{suffix} needs kaleido; "
+                "pip install 'ridgeplan[image]', or write .html\n"
+            )
+        assert list(tmp_path.iterdir()) == []
+    assert main([*args, "--out", str(tmp_path / "a.html")]) == 0
+
+
+def test_a_long_subtitle_shrinks_and_then_is_cut_between_words() -> None:
+    import plotly.graph_objects as go
+
+    from cli.charts.picture import style
+
+    for words, cut in ((10, False), (30, False), (90, True)):
+        fig = go.Figure()
+        style(fig, title="t", subtitle=" ".join(["sizes"] * words), footnote="f")
+        found = re.search(r"font-size:(\d+)px[^>]*>(.*)</span>", fig.layout.title.text)
+        assert found is not None
+        assert 12 <= int(found[1]) <= 15
+        assert found[2].endswith("...") == cut
+        assert 0.5 * int(found[1]) * len(found[2]) <= 1280
+        assert set(found[2].removesuffix("...").split()) == {"sizes"}
 
 
 @pytest.mark.slow

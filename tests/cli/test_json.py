@@ -47,8 +47,11 @@ def test_estimate(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["bytes_by_level"] == dict(e.bytes_by_level)
     assert found["work"]["tensor_flops"] == {"bf16": 2 * 1234 * 4097 * 777}
     assert set(found["work"]) == {
-        "tensor_flops", "vector_flops", "special_ops", "read_bytes", "write_bytes", "launches",
+        "tensor_flops", "vector_flops", "special_ops", "needed_tensor_flops",
+        "needed_vector_flops", "needed_special_ops", "read_bytes", "write_bytes", "launches",
     }  # fmt: skip
+    for kind in ("tensor_flops", "vector_flops", "special_ops"):  # nothing is masked here
+        assert found["work"][f"needed_{kind}"] == found["work"][kind]
     assert found["limit_s"] == e.limit_s
     assert found["limit_frac"] == e.limit_frac
     assert set(found["sources"]) == set(found["seconds_by_resource"])
@@ -56,6 +59,34 @@ def test_estimate(capsys: pytest.CaptureFixture[str]) -> None:
     assert hbm["figure"] == "memory.hbm.bytes_per_s"
     assert hbm["value"] == e.device.hbm.bytes_per_s
     assert hbm["source"]
+
+
+def test_what_a_mask_drops_is_counted_but_not_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("heads=32", "seq=8k", "dim=128", "causal=true")
+    params = [part for word in words for part in ("-p", word)]
+    found = document(capsys, "estimate", "flash_attention_2", *params, "-d", "h100-sxm")
+    work = found["work"]
+    pairs = 8192 * 8193 / 2
+    assert work["needed_tensor_flops"] == {"bf16": 4 * 128 * 32 * pairs}
+    assert work["tensor_flops"]["bf16"] > work["needed_tensor_flops"]["bf16"]
+    rates = {name: source["value"] for name, source in found["sources"].items()}
+    seconds = found["seconds_by_resource"]
+    needed = work["needed_tensor_flops"]["bf16"]
+    assert seconds["tensor"] == pytest.approx(needed / rates["tensor"], rel=1e-12)
+    assert seconds["vector"] == pytest.approx(
+        work["needed_vector_flops"] / rates["vector"], rel=1e-12
+    )
+    assert found["lower_s"] == max(seconds.values())
+
+
+def test_a_masked_op_lies_under_its_roofs(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("heads=32", "seq=8k", "dim=128", "causal=true")
+    params = [part for word in words for part in ("-p", word)]
+    found = document(capsys, "roofline", "flash_attention_2", *params, "-d", "h100-sxm")
+    (place,) = found["places"]
+    top = max(c["flops_per_s"] for c in found["devices"][0]["compute_roofs"])
+    assert place["bound"] == ["tensor"]
+    assert place["flops_per_s"][0] == pytest.approx(top, rel=1e-12)
 
 
 @pytest.mark.parametrize("device_id", catalog.device_ids())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from cli import __version__
+from cli import main as main_module
 from cli.main import main
 from tests.cli.running import ROOT, python, ridgeplan
 
@@ -51,6 +54,54 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"ridgeplan {__version__}\n"
     assert main([]) == 0
     assert "estimate" in capsys.readouterr().out
+
+
+def examples_in_help() -> list[str]:
+    texts = [main_module._main.__doc__ or ""]
+    texts += [command.callback.__doc__ or "" for command in main_module.app.registered_commands]
+    lines = [line.strip() for text in texts for line in text.splitlines()]
+    return [line for line in lines if line.startswith("ridgeplan ")]
+
+
+@pytest.mark.parametrize("example", examples_in_help())
+def test_the_examples_in_the_help_work(
+    example: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    shutil.copy(ROOT / "hwmodels" / "data" / "devices" / "h100-sxm.toml", tmp_path / "my-gpu.toml")
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(example)[1:]) == 0
+    out, err = capsys.readouterr()
+    assert out and not err
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100, 200])
+@pytest.mark.parametrize("command", ["", *main_module.COMMANDS])
+def test_help_keeps_to_the_page(
+    command: str,
+    columns: int,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert main([*command.split(), "--help"]) == 0
+    out = capsys.readouterr().out
+    # An example is a line to copy: it is not broken, even on a narrow page.
+    lines = [line for line in out.splitlines() if not line.strip().startswith("ridgeplan ")]
+    assert max(len(line) for line in lines) <= min(columns, 100)
+    assert max(len(line) for line in out.splitlines()) <= 100
+    assert out.startswith("Usage: ridgeplan")
+
+
+def test_help_tells_each_command_in_a_whole_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n  {command} " in out for command in main_module.COMMANDS)
+    assert "..." not in out.split("Commands:")[1]
 
 
 BAD = {

@@ -4,6 +4,7 @@ import pytest
 
 from cli.quantity import (
     capacity_text,
+    count_text,
     digits,
     parse,
     parse_count,
@@ -62,27 +63,36 @@ def test_garbage_is_refused_in_one_short_line(text: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "count", "length"),
+    ("text", "count"),
     [
-        ("8192", 8192, 8192),
-        ("128k", 128_000, 131_072),
-        ("128K", 128_000, 131_072),
-        ("1M", 1_000_000, 2**20),
-        ("1m", 1_000_000, 2**20),
-        ("128Ki", 131_072, 131_072),
-        ("1e5", 100_000, 100_000),
-        ("1.5k", 1500, 1536),
-        ("8_192", 8192, 8192),
-        ("-4", -4, -4),
+        ("8192", 8192),
+        ("4k", 4096),
+        ("128K", 131_072),
+        ("128Ki", 131_072),
+        ("1M", 2**20),
+        ("1m", 2**20),
+        ("2G", 2**31),
+        ("1e5", 100_000),
+        ("100000", 100_000),
+        ("1.5k", 1536),
+        ("8_192", 8192),
+        ("-4", -4),
     ],
 )
-def test_k_is_1024_in_lengths_and_1000_elsewhere(text: str, count: int, length: int) -> None:
-    for got, expected in ((parse_count(text), count), (parse_count(text, is_length=True), length)):
-        assert got == expected
-        assert isinstance(got, int)
+def test_suffixes_of_counts_are_binary_and_plain_numbers_decimal(text: str, count: int) -> None:
+    got = parse_count(text)
+    assert got == count
+    assert isinstance(got, int)
 
 
-@pytest.mark.parametrize("text", ["many", "12kk", "12kB", "1e400", "0x10", "", "9" * 400 + "k"])
+@pytest.mark.parametrize("count", [1, 1000, 1024, 4096, 5000, 131_072, 2**20, 3 * 2**30])
+def test_a_count_is_shown_as_it_is_read(count: int) -> None:
+    assert parse_count(count_text(count).replace(",", "")) == count
+
+
+@pytest.mark.parametrize(
+    "text", ["many", "12kk", "12kB", "12i", "12 x", "1e400", "0x10", "", "9" * 400 + "k"]
+)
 def test_bad_counts_are_refused(text: str) -> None:
     with pytest.raises(InputError, match="seq = "):
         parse_count(text, "seq")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from cli.main import main
@@ -74,6 +76,18 @@ def test_an_estimate_names_its_rung_its_bound_and_its_source(
         "Limit", "lower bound", "tensor_flops_per_s.bf16_acc_fp32",
     ):  # fmt: skip
         assert part in out, part
+
+
+def test_no_share_of_the_bound_is_above_100_percent(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", *FLASH, "-p", "causal=true", "-d", "h100-sxm"]) == 0
+    out = capsys.readouterr().out
+    shares = [float(share) for share in re.findall(r"([\d.]+) %(?: <)? *$", out, re.M)]
+    assert len(shares) == 6
+    assert max(shares) == 100
+    assert re.search(r"Tiles +compute \d[.\d]* % more, masked out", out)
+    assert "can exceed the second" in " ".join(out.split())
+    assert main(["estimate", *FLASH, "-d", "h100-sxm"]) == 0
+    assert "Tiles" not in capsys.readouterr().out
 
 
 def test_a_missing_tensor_path_and_unrated_levels_are_said(

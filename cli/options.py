@@ -1,0 +1,31 @@
+"""Options that several commands share, each declared once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, TypeAlias
+
+import typer
+
+from cli.questions import OVER_HELP, PARAM_HELP
+
+AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="One JSON document.")]
+Html: TypeAlias = Annotated[
+    Path | None,
+    typer.Option("--html", metavar="FILE", help="Draw the chart as one self-contained page."),
+]
+Out: TypeAlias = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="FILE", help="Draw the chart: .html, .png, .svg or .pdf."),
+]
+OpNames: TypeAlias = Annotated[
+    list[str],
+    typer.Argument(metavar="NAME", help="One or more ops; `ridgeplan systems` lists them."),
+]
+Params: TypeAlias = Annotated[
+    list[str] | None, typer.Option("-p", "--param", metavar="KEY=VALUE", help=PARAM_HELP)
+]
+Over: TypeAlias = Annotated[str, typer.Option("--over", metavar="KEY=RANGE", help=OVER_HELP)]
+MaybeOver: TypeAlias = Annotated[
+    str | None, typer.Option("--over", metavar="KEY=RANGE", help=OVER_HELP)
+]

@@ -1,0 +1,104 @@
+"""A plan search as a record and in words: what `--json`, the tables and the chart share."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, Final
+
+from cli.quantity import count_text, seconds_text
+
+if TYPE_CHECKING:
+    from hwmodels.calibration import StepRatio
+    from simulator.planners.parallelism import Candidate, PlanChoice, Step
+
+RUNG: Final = "bound: kernels at their roofline, links at wire rate; a real step is slower"
+
+
+def record(choice: PlanChoice, question: Step, ratio: StepRatio | None) -> dict[str, Any]:
+    """The whole answer of one search."""
+    from simulator.planners.parallelism import why_slower
+
+    best = choice.best
+    return {
+        "model": question.config.name,
+        **asked_of(question),
+        "cluster": choice.cluster.id,
+        "device": choice.cluster.device.id,
+        "num_nodes": choice.cluster.num_nodes,
+        "num_accelerators": choice.cluster.num_accelerators,
+        "recipe": choice.recipe.name,
+        "budget_bytes": choice.budget_bytes,
+        "rung": best.step.rung,
+        "num_evaluated": choice.num_evaluated,
+        "num_feasible": choice.num_feasible,
+        "gap_frac": choice.gap_frac,
+        "measured_over_bound": ratio,
+        "plans": [
+            _candidate(c) | {"why_not_best": None if c is best else why_slower(c, best)}
+            for c in (best, *choice.runners_up)
+        ],
+    }
+
+
+def asked_of(question: Step) -> dict[str, Any]:
+    """Phase, tokens of a sequence and number of sequences, by the names of the record."""
+    from workloads.models.transformer import TrainStep
+
+    if isinstance(question, TrainStep):
+        phase, len_seq, batch = "train", question.len_seq, question.global_batch
+    else:
+        phase, len_seq, batch = question.phase, question.len_context, question.batch
+    return {"phase": phase, "len_seq": len_seq, "global_batch": batch}
+
+
+def _candidate(c: Candidate) -> dict[str, Any]:
+    return {
+        "plan": c.plan,
+        "seconds": c.step.seconds,
+        "lower_s": c.step.lower_s,
+        "upper_s": c.step.upper_s,
+        "tokens_per_s": c.step.tokens_per_s,
+        "mfu_frac": c.step.mfu_frac,
+        "bound": c.step.bound,
+        "seconds_by_piece": c.step.seconds_by_piece,
+        "compute_by_resource": c.step.compute_by_resource,
+        "memory_bytes": c.memory.total,
+        "memory_bytes_by_part": c.memory.bytes_by_part,
+    }
+
+
+def asked_text(question: Step) -> str:
+    """The question in words: 'Train llama3-8b, 64 x 128k tokens a step'."""
+    asked, name = asked_of(question), question.config.name
+    length, batch = (count_text(asked[key]) for key in ("len_seq", "global_batch"))
+    if asked["phase"] == "train":
+        return f"Train {name}, {batch} x {length} tokens a step"
+    if asked["phase"] == "prefill":
+        return f"Prefill of {name}, {batch} prompts of {length} tokens"
+    return f"Decode with {name}, {batch} sequences at position {length}"
+
+
+def step_text(question: Step) -> str:
+    """What is done when the seconds are over."""
+    return {
+        "train": "a step",
+        "prefill": "for all prompts",
+        "decode": "for one more token of every sequence",
+    }[asked_of(question)["phase"]]
+
+
+def reason_text(reason: str) -> str:
+    """Why a plan lost, with seconds as people read them.
+
+    >>> reason_text("attention +7.32e-05 s, head +0.489 s")
+    'attention +73.2 us, head +489 ms'
+    """
+    return re.sub(r"\+([\d.e+-]+) s\b", lambda m: f"+{seconds_text(float(m[1]))}", reason)
+
+
+def short_plan(candidate: Candidate) -> str:
+    """The plan without what is at its default: 'dp4 tp1 pp1 cp16 mb1 zero2'."""
+    text = str(candidate.plan)
+    return (
+        text.replace(" recompute-none", "").replace("recompute-full", "full").replace(" zero0", "")
+    )
