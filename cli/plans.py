@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any, Final
 
 from cli.quantity import count_text, seconds_text
@@ -16,8 +15,6 @@ RUNG: Final = "bound: kernels at their roofline, links at wire rate; a real step
 
 def record(choice: PlanChoice, question: Step, ratio: StepRatio | None) -> dict[str, Any]:
     """The whole answer of one search."""
-    from simulator.planners.parallelism import why_slower
-
     best = choice.best
     return {
         "model": question.config.name,
@@ -34,7 +31,7 @@ def record(choice: PlanChoice, question: Step, ratio: StepRatio | None) -> dict[
         "gap_frac": choice.gap_frac,
         "measured_over_bound": ratio,
         "plans": [
-            _candidate(c) | {"why_not_best": None if c is best else why_slower(c, best)}
+            _candidate(c) | {"why_not_best": None if c is best else why_not_best(c, best)}
             for c in (best, *choice.runners_up)
         ],
     }
@@ -87,13 +84,18 @@ def step_text(question: Step) -> str:
     }[asked_of(question)["phase"]]
 
 
-def reason_text(reason: str) -> str:
-    """Why a plan lost, with seconds as people read them.
+def why_not_best(candidate: Candidate, best: Candidate) -> str:
+    """What a plan pays for against the best one: its worst pieces, or its worst case."""
+    from simulator.planners.parallelism import extra_seconds
 
-    >>> reason_text("attention +7.32e-05 s, head +0.489 s")
-    'attention +73.2 us, head +489 ms'
-    """
-    return re.sub(r"\+([\d.e+-]+) s\b", lambda m: f"+{seconds_text(float(m[1]))}", reason)
+    total = float(candidate.step.seconds) - float(best.step.seconds)
+    if total <= 1e-3 * float(best.step.seconds):
+        worst = float(candidate.step.upper_s) - float(best.step.upper_s)
+        if worst > 0:
+            return f"as fast if all overlaps, +{seconds_text(worst)} if nothing does"
+        return "as fast, but less simple"
+    extra = list(extra_seconds(candidate, best).items())[:2]
+    return ", ".join(f"{piece} +{seconds_text(s)}" for piece, s in extra if s > 0.1 * total)
 
 
 def short_plan(candidate: Candidate) -> str:

@@ -9,7 +9,7 @@ import typer
 
 from cli import show
 from cli.options import AsJson, Html, Out
-from cli.plans import RUNG, asked_of, asked_text, reason_text, record, short_plan, step_text
+from cli.plans import RUNG, asked_of, asked_text, record, short_plan, step_text, why_not_best
 from cli.quantity import (
     count_text,
     digits,
@@ -137,7 +137,9 @@ def plan(
             pins=pins,
         )
     device = system.device
-    ratio = step_ratio(device.id, device.architecture) if kind == "train" else None
+    # The published steps that were fitted are of dense models; they say nothing of others.
+    comparable = kind == "train" and question.config.moe is None
+    ratio = step_ratio(device.id, device.architecture) if comparable else None
     if pictures:
         from cli.charts.picture import rendered
         from cli.charts.plan import figure
@@ -254,9 +256,9 @@ def _expected(seconds: float, ratio: StepRatio) -> str:
     """The range that published steps of such devices make likely."""
     low, high = seconds_text(seconds * ratio.p10), seconds_text(seconds * ratio.p90)
     return (
-        f"{low} .. {high}: four in five of {ratio.num_rows} published training steps on this "
-        f"{ratio.scope} took {digits(ratio.p10)} to {digits(ratio.p90)} times their bound "
-        f"({digits(ratio.median)} in the median)"
+        f"{low} .. {high}: four in five of {ratio.num_rows} published training steps of dense "
+        f"models on this {ratio.scope} took {digits(ratio.p10)} to {digits(ratio.p90)} times their "
+        f"bound ({digits(ratio.median)} in the median)"
     )
 
 
@@ -297,8 +299,6 @@ def _memory(choice: PlanChoice) -> Table:
 
 def _ranking(choice: PlanChoice) -> Table:
     """The best plan of every mesh, and what the others pay for; no more columns than fit."""
-    from simulator.planners.parallelism import why_slower
-
     wide, right = show.width() >= 90, ("step", "MFU", "GiB")
     bound = ("bound by",) if wide else ()
     table = show.table("plan", *right, *bound, "why not", right=right)
@@ -313,7 +313,7 @@ def _ranking(choice: PlanChoice) -> Table:
             percent_text(float(candidate.step.mfu_frac)),
             f"{float(candidate.memory.total) / GIB:.1f}",
             *((resource_text(candidate.step.bound),) if wide else ()),
-            "best" if first else reason_text(why_slower(candidate, choice.best)),
+            "best" if first else why_not_best(candidate, choice.best),
         )
     return table
 

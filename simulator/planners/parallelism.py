@@ -224,20 +224,14 @@ def _slots(mesh: Mesh, step: Step) -> Iterator[tuple[int, ...]]:
     yield (*mesh, batch // (dp * pp), 1, int(Recompute.NONE), 0)
 
 
-def why_slower(candidate: Candidate, best: Candidate) -> str:
-    """What the candidate pays for, against the best plan: its worst pieces, or its worst case."""
-    total = float(candidate.step.seconds) - float(best.step.seconds)
-    if total <= 1e-3 * float(best.step.seconds):
-        worst = float(candidate.step.upper_s) - float(best.step.upper_s)
-        if worst > 0:
-            return f"as fast if all overlaps, +{worst:.3g} s if nothing does"
-        return "as fast, but less simple"
-    losses = {
-        piece: float(seconds) - float(best.step.seconds_by_piece.get(piece, 0.0))
-        for piece, seconds in candidate.step.seconds_by_piece.items()
-    }
-    worst_two = sorted(losses, key=lambda k: -losses[k])[:2]
-    return ", ".join(f"{k} +{losses[k]:.3g} s" for k in worst_two if losses[k] > 0.1 * total)
+def extra_seconds(candidate: Candidate, best: Candidate) -> dict[str, float]:
+    """Seconds that each piece of the candidate's step takes beyond the best plan's, worst first.
+
+    Negative where the candidate is faster; they add up to the difference of the steps.
+    """
+    own, other = candidate.step.seconds_by_piece, best.step.seconds_by_piece
+    pieces = {k: float(own.get(k, 0.0)) - float(other.get(k, 0.0)) for k in {**own, **other}}
+    return dict(sorted(pieces.items(), key=lambda item: -item[1]))
 
 
 def select(plans: Plan, index: NDArray[np.intp]) -> Plan:

@@ -90,7 +90,7 @@ def load_hf_config(path: str | Path) -> TransformerConfig:
     family = keys.text("model_type")
     if family not in FAMILIES:
         raise UnknownNameError(
-            "model_type", family, FAMILIES, hint=f"{file} must be one of {', '.join(FAMILIES)}"
+            f"model_type in {file}:", family, FAMILIES, hint=f"known: {', '.join(FAMILIES)}"
         )
     name = file.parent.name if file.stem == "config" and file.parent.name else file.stem
     try:

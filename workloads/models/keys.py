@@ -24,7 +24,8 @@ def read_object(file: Path) -> Mapping[str, object]:
         problem = f"is not UTF-8 text (byte {error.start})"
         raise SpecError(file, "file", problem, "save it as UTF-8") from None
     except json.JSONDecodeError as error:
-        problem = f"is not valid JSON: {error.msg} at line {error.lineno} column {error.colno}"
+        what = error.msg.removesuffix(" at")
+        problem = f"is not valid JSON: {what} at line {error.lineno} column {error.colno}"
         raise SpecError(file, "file", problem, "mend that line or fetch the file again") from None
     except RecursionError:
         raise SpecError(file, "file", "nests too deeply", "fetch the file again") from None

@@ -18,10 +18,10 @@ from simulator.planners.parallelism import (
     MAX_INTERLEAVE,
     MAX_MICRO_BATCH,
     PlanChoice,
+    extra_seconds,
     plan_parallelism,
     plan_space,
     select,
-    why_slower,
 )
 from simulator.recipe import RECIPES
 from simulator.step import inference_step, training_step
@@ -172,7 +172,11 @@ def test_runners_up_follow_in_order_on_other_meshes(
         assert c.memory.total <= choice.budget_bytes
         again = training_step(step, plan=c.plan, on=on, recipe=BF16)
         assert again.seconds == c.step.seconds
-        assert why_slower(c, choice.best)
+        extra = extra_seconds(c, choice.best)
+        assert sum(extra.values()) == pytest.approx(
+            float(c.step.seconds) - float(choice.best.step.seconds), abs=1e-9
+        )
+        assert list(extra.values()) == sorted(extra.values(), reverse=True)
 
 
 def test_the_whole_search_is_handed_back_fastest_first() -> None:
