@@ -33,9 +33,11 @@ from numpy.typing import NDArray
 
 from hwmodels.cluster import Cluster
 from hwmodels.errors import InfeasibleError, InputError
+from simulator.inference import inference_step
 from simulator.memory import MemoryEstimate, inference_memory, training_memory
+from simulator.pieces import StepEstimate
 from simulator.recipe import RECIPES, Recipe
-from simulator.step import StepEstimate, inference_step, training_step
+from simulator.step import training_step
 from workloads.models.config import TransformerConfig
 from workloads.models.transformer import DECODE, Inference, TrainStep
 from workloads.numeric import Array

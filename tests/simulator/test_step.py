@@ -12,20 +12,22 @@ from hypothesis import strategies as st
 from hwmodels import catalog
 from hwmodels.cluster import Cluster
 from simulator.exchange import CONTEXT, EXPERT, TENSOR, kv_elements_per_token, layer_exchanges
-from simulator.recipe import RECIPES
-from simulator.step import (
+from simulator.inference import inference_step
+from simulator.pieces import (
     BUBBLE,
     DATA,
     OPTIMIZER_STEP,
     PIPELINE,
     RECOMPUTED,
-    LayerTimes,
     StepEstimate,
+    total_seconds,
+)
+from simulator.recipe import RECIPES
+from simulator.step import (
+    LayerTimes,
     distinct_shapes,
-    inference_step,
     layer_times,
     replicated_parameters,
-    total_seconds,
     training_step,
 )
 from tests.simulator.pipelines import makespan

@@ -13,6 +13,7 @@ import pytest
 from hwmodels import catalog
 from hwmodels.cluster import Cluster
 from hwmodels.errors import InfeasibleError, InputError
+from simulator.inference import inference_step
 from simulator.memory import inference_memory, training_memory
 from simulator.planners.parallelism import (
     MAX_INTERLEAVE,
@@ -24,7 +25,7 @@ from simulator.planners.parallelism import (
     select,
 )
 from simulator.recipe import RECIPES
-from simulator.step import inference_step, training_step
+from simulator.step import training_step
 from workloads.models.config import TransformerConfig, load_hf_config
 from workloads.models.transformer import TrainStep, decode_step, prefill_step, train_step
 from workloads.plan import Plan, Recompute

@@ -1,0 +1,154 @@
+"""What the steps of training and inference are made of: totals of kernels, pieces, the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from hwmodels.cluster import Cluster
+from hwmodels.device import Device
+from simulator.estimate import Estimate, estimate
+from simulator.exchange import CONTEXT, EXPERT, TENSOR
+from simulator.network import estimate_collective
+from simulator.recipe import Recipe
+from workloads.models.config import TransformerConfig
+from workloads.numeric import Num, ceil_div, maximum, where
+from workloads.ops.collective import Collective
+from workloads.ops.flash_attention import FlashAttention2
+from workloads.ops.flash_attention_backward import FlashAttention2Backward
+from workloads.plan import Plan
+from workloads.workload import Node
+
+PIPELINE, BUBBLE, DATA = "pipeline sends", "pipeline bubble", "data parallel"
+RECOMPUTED, OPTIMIZER_STEP = "recompute", "optimizer"
+EXCHANGE_PIECES = (TENSOR, CONTEXT, EXPERT, PIPELINE, BUBBLE, DATA, OPTIMIZER_STEP)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Totals:
+    """Seconds of a set of nodes run one after another."""
+
+    lower_s: Num = 0.0
+    upper_s: Num = 0.0
+    by_part: Mapping[str, Num] = field(default_factory=dict)
+    by_resource: Mapping[str, Num] = field(default_factory=dict)
+
+    def plus(self, other: Totals, times: Num = 1.0) -> Totals:
+        """These seconds and `times` the others."""
+        return Totals(
+            lower_s=self.lower_s + times * other.lower_s,
+            upper_s=self.upper_s + times * other.upper_s,
+            by_part=merge(self.by_part, other.by_part, times),
+            by_resource=merge(self.by_resource, other.by_resource, times),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepEstimate:
+    """What one step takes under a plan, piece by piece; all fields broadcast over the plans.
+
+    `seconds_by_piece` adds up to `seconds`. `compute_by_resource` splits the kernels' time on
+    the slowest stage by binding resource. `num_tokens` are those of one step.
+    """
+
+    rung: str
+    plan: Plan
+    seconds_by_piece: Mapping[str, Num]
+    compute_by_resource: Mapping[str, Num]
+    lower_s: Num
+    upper_s: Num
+    num_tokens: Num
+    model_flops: Num
+    peak_flops_per_s: float
+
+    @property
+    def seconds(self) -> Num:
+        """The rung's answer: the sum of the pieces."""
+        return sum(self.seconds_by_piece.values(), start=0.0)
+
+    @property
+    def tokens_per_s(self) -> Num:
+        """Tokens of the whole cluster per second."""
+        return self.num_tokens / self.seconds
+
+    @property
+    def mfu_frac(self) -> Num:
+        """Model flops (no recompute, causal attention halved) over what all ranks could do."""
+        return self.model_flops / (self.seconds * self.plan.num_ranks * self.peak_flops_per_s)
+
+    @property
+    def bound(self) -> str:
+        """The largest piece of a single plan's step; kernels by their binding resource."""
+        pieces = {k: float(v) for k, v in self.compute_by_resource.items()}
+        compute = sum(pieces.values())
+        others = {k: float(v) for k, v in self.seconds_by_piece.items() if k in EXCHANGE_PIECES}
+        largest = max(others, key=lambda k: others[k])
+        if compute >= others[largest]:
+            return max(pieces, key=lambda k: pieces[k])
+        return largest
+
+
+def total_seconds(nodes: Iterable[Node], *, on: Device) -> Totals:
+    """Bound-rung seconds of nodes in sequence; each node's time goes to its binding resource."""
+    total = Totals()
+    for node in nodes:
+        result = estimate(node.op, on=on)
+        lower = result.lower_s
+        once = Totals(
+            lower_s=lower,
+            upper_s=result.upper_s,
+            by_part={node.part: lower},
+            by_resource=_attribute(result, lower),
+        )
+        total = total.plus(once, node.count)
+    return total
+
+
+def send_seconds(
+    cfg: TransformerConfig, len_seq: Num, plan: Plan, on: Cluster, recipe: Recipe
+) -> Num:
+    """Seconds of one activation from a stage to the next; sharded over tp along the sequence."""
+    tokens = ceil_div(plan.micro_batch * ceil_div(len_seq, plan.cp), plan.tp)
+    sent = Collective(
+        kind="send_recv",
+        num_bytes=tokens * cfg.hidden_dim * recipe.dtype.bytes_per_element,
+        num_ranks=plan.pp,
+    )
+    return estimate_collective(sent, on=on, stride=plan.tp * plan.cp * plan.dp).lower_s
+
+
+def ends_on_slowest(embedding: Num, head: Num, plan: Plan) -> tuple[Num, Num]:
+    """1 or 0: is the embedding, is the head on the stage that takes longest?"""
+    alone = plan.pp == 1
+    return (
+        where(alone | (embedding > head), 1.0, 0.0),
+        where(alone | (embedding <= head), 1.0, 0.0),
+    )
+
+
+def is_attention(node: Node) -> bool:
+    """The kernel under which a ring of K and V hides."""
+    return isinstance(node.op, (FlashAttention2, FlashAttention2Backward))
+
+
+def _attribute(result: Estimate, lower: Num) -> dict[str, Num]:
+    """`lower` under the name of the first resource that takes that long, 0 under the others."""
+    shares: dict[str, Num] = {}
+    left = lower
+    for name, seconds in result.seconds_by_resource.items():
+        shares[name] = where(seconds >= lower, left, 0.0)
+        left = left - shares[name]
+    return shares
+
+
+def merge(a: Mapping[str, Num], b: Mapping[str, Num], times: Num) -> dict[str, Num]:
+    """The seconds of `a` and `times` those of `b`, by name."""
+    merged = dict(a)
+    for key, value in b.items():
+        merged[key] = merged.get(key, 0.0) + times * value
+    return merged
+
+
+def excess_over(moved: Mapping[str, Num], piece: str, hidden_s: Num) -> dict[str, Num]:
+    """`moved`, with one piece reduced to what exceeds `hidden_s`."""
+    return dict(moved) | {piece: maximum(moved.get(piece, 0.0) - hidden_s, 0.0)}
