@@ -113,7 +113,7 @@ def _document(device: Device) -> dict[str, Any]:
 def _show_all(found: list[Device]) -> None:
     from hwmodels.dtypes import BF16, FP8, FP16
 
-    right = ("memory", "bandwidth", "16-bit", "8-bit", "fp32")
+    right = ("memory", "bandwidth", "16-bit", "fp8", "fp32")
     table = show.table("device", "architecture", *right, right=right)
     table.columns[0].no_wrap = show.width() >= 80
     for device in found:
@@ -130,7 +130,7 @@ def _show_all(found: list[Device]) -> None:
     out = show.console()
     out.print(table)
     out.print(
-        f"{len(found)} devices. 16-bit and 8-bit: dense tensor FLOP/s (bf16, else fp16; fp8); "
+        f"{len(found)} devices. 16-bit and fp8: dense tensor FLOP/s (16-bit: bf16, else fp16); "
         "fp32: vector FLOP/s.\n`ridgeplan devices NAME` shows every figure with its source."
     )
 
