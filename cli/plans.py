@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from hwmodels.calibration import StepRatio
     from simulator.planners.parallelism import Candidate, PlanChoice, Step
 
-RUNG: Final = "bound: kernels at their roofline, links at wire rate; a real step is slower"
+RUNG: Final = (
+    "bound: kernels at their roofline, links at wire rate, little else; real steps are slower"
+)
 
 
 def record(choice: PlanChoice, question: Step, ratio: StepRatio | None) -> dict[str, Any]:

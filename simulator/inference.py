@@ -1,6 +1,6 @@
 """One forward pass of serving, prefill or decode, as the sum of its pieces.
 
-    stage    = ceil(L / p) layers, and the embedding on the first or the head on the last stage
+    stage    = ceil(L / p) layers and the embedding; on the last stage what is left, and the head
     seconds  = p max_i stage_i + sends
 
 Kernels at the bound rung; what overlaps is stated at `inference_step`.
@@ -17,11 +17,12 @@ from simulator.pieces import (
     PIPELINE,
     StepEstimate,
     Totals,
-    ends_on_slowest,
     excess_over,
     is_attention,
     merge,
     send_seconds,
+    slowest_stage,
+    slowest_stage_s,
     total_seconds,
 )
 from simulator.recipe import Recipe
@@ -59,8 +60,18 @@ def inference_step(step: Inference, *, plan: Plan, on: Cluster, recipe: Recipe) 
     both = step.ends(plan, dtype=recipe.dtype)
     embedding = total_seconds(both.select(part="embedding"), on=device)
     head = total_seconds((n for n in both if n.part != "embedding"), on=device)
-    has_embedding, has_head = ends_on_slowest(embedding.lower_s, head.lower_s, plan)
-    layers = ceil_div(cfg.num_layers, plan.pp)
+    layer_s = forward.lower_s + sum(exposed.values(), start=0.0)
+    layers, has_embedding, has_head = slowest_stage(
+        cfg.num_layers, layer_s, embedding.lower_s, head.lower_s, plan
+    )
+    lower, upper = (
+        slowest_stage_s(cfg.num_layers, layer, before, after, plan)
+        for layer, before, after in (
+            (forward.lower_s, embedding.lower_s, head.lower_s),
+            (forward.upper_s, embedding.upper_s, head.upper_s),
+        )
+    )
+    most = ceil_div(cfg.num_layers, plan.pp)
     busy = Totals().plus(forward, layers).plus(embedding, has_embedding).plus(head, has_head)
     sends_s = plan.pp * send_seconds(cfg, step.len_new, slot, on, recipe)
     pieces = {part: plan.pp * s for part, s in busy.by_part.items()}
@@ -72,8 +83,8 @@ def inference_step(step: Inference, *, plan: Plan, on: Cluster, recipe: Recipe) 
         plan=plan,
         seconds_by_piece=pieces,
         compute_by_resource={r: plan.pp * s for r, s in busy.by_resource.items()},
-        lower_s=plan.pp * busy.lower_s,
-        upper_s=plan.pp * (busy.upper_s + layers * sum(moved.values(), start=0.0)) + sends_s,
+        lower_s=plan.pp * lower,
+        upper_s=plan.pp * (upper + most * sum(moved.values(), start=0.0)) + sends_s,
         num_tokens=num_tokens,
         model_flops=plan.dp * plan.pp * _forward_flops(step),
         peak_flops_per_s=device.matmul_rate_flops_per_s(recipe.dtype)[0],

@@ -117,13 +117,30 @@ def send_seconds(
     return estimate_collective(sent, on=on, stride=plan.tp * plan.cp * plan.dp).lower_s
 
 
-def ends_on_slowest(embedding: Num, head: Num, plan: Plan) -> tuple[Num, Num]:
-    """1 or 0: is the embedding, is the head on the stage that takes longest?"""
+def slowest_stage(
+    num_layers: int, layer_s: Num, embedding_s: Num, head_s: Num, plan: Plan
+) -> tuple[Num, Num, Num]:
+    """Layers of the stage that takes longest, and 1 or 0: has it the embedding, has it the head?
+
+    Stages hold ceil(L / p) layers; the last, which has the head, what is left of them.
+    """
+    most = ceil_div(num_layers, plan.pp)
+    last = maximum(num_layers - most * (plan.pp - 1), 0)
     alone = plan.pp == 1
+    at_end = last * layer_s + head_s >= most * layer_s + embedding_s
     return (
-        where(alone | (embedding > head), 1.0, 0.0),
-        where(alone | (embedding <= head), 1.0, 0.0),
+        where(at_end, last, most),
+        where(alone, 1.0, where(at_end, 0.0, 1.0)),
+        where(alone, 1.0, where(at_end, 1.0, 0.0)),
     )
+
+
+def slowest_stage_s(
+    num_layers: int, layer_s: Num, embedding_s: Num, head_s: Num, plan: Plan
+) -> Num:
+    """Seconds of the stage that takes longest; see `slowest_stage`."""
+    layers, has_embedding, has_head = slowest_stage(num_layers, layer_s, embedding_s, head_s, plan)
+    return layers * layer_s + has_embedding * embedding_s + has_head * head_s
 
 
 def is_attention(node: Node) -> bool:

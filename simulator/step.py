@@ -3,7 +3,8 @@
 Training, with m micro-batches on p stages of v chunks (interleaved 1F1B, Narayanan et al. 2021):
 
     t_layer  = forward + backward + recomputed forward + exposed communication
-    t_stage  = ceil(L / p) t_layer, plus the embedding on the first, the head on the last stage
+    t_stage  = ceil(L / p) t_layer, the last stage what is left of L; plus the embedding on the
+               first, the head on the last stage
     pipeline = m max_i t_stage_i + (sum_i t_stage_i - max_i t_stage_i) / v
     step     = pipeline + exposed exchange of gradients and weights + optimizer
 
@@ -19,7 +20,7 @@ What overlaps with what, on this rung:
 `lower_s` hides all communication; `upper_s` exposes all of it and runs every kernel's resources
 one after another. Kernels are at the bound rung: a real step takes longer than `seconds`.
 Ignored: launch gaps, data loading, stragglers; layers of different kinds are spread evenly over
-the stages, and a stage holds ceil(L / p) of them.
+the stages. Other uneven splits, which could lighten the stage with the head further, are not tried.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hwmodels.cluster import Cluster
+from hwmodels.dtypes import FP32
 from simulator.estimate import BOUND
 from simulator.exchange import CONTEXT, layer_exchanges
 from simulator.network import estimate_collective
@@ -41,11 +43,12 @@ from simulator.pieces import (
     RECOMPUTED,
     StepEstimate,
     Totals,
-    ends_on_slowest,
     excess_over,
     is_attention,
     merge,
     send_seconds,
+    slowest_stage,
+    slowest_stage_s,
     total_seconds,
 )
 from simulator.recipe import Recipe
@@ -157,7 +160,6 @@ class _Pipeline:
 
 
 def _pipeline(cfg: TransformerConfig, times: LayerTimes, plan: Plan, num_micro: Num) -> _Pipeline:
-    num_layers = ceil_div(cfg.num_layers, plan.pp)
     again = where(plan.recompute == Recompute.FULL, 1.0, 0.0)
     passes = times.forward.plus(times.forward, again).plus(times.backward)
     exposed = merge(times.exposed_forward, times.exposed_forward, again)
@@ -166,15 +168,25 @@ def _pipeline(cfg: TransformerConfig, times: LayerTimes, plan: Plan, num_micro: 
     moved = merge(moved, times.exchange_backward, 1.0)
     layer_s = passes.lower_s + sum(exposed.values(), start=0.0)
 
-    embedding_here, head_here = ends_on_slowest(times.embedding.lower_s, times.head.lower_s, plan)
+    num_layers, embedding_here, head_here = slowest_stage(
+        cfg.num_layers, layer_s, times.embedding.lower_s, times.head.lower_s, plan
+    )
     extra = Totals().plus(times.embedding, embedding_here).plus(times.head, head_here)
     both_lower = times.embedding.lower_s + times.head.lower_s
     both_upper = times.embedding.upper_s + times.head.upper_s
     slowest = num_layers * layer_s + extra.lower_s
-    idle_layers = (cfg.num_layers - num_layers) / plan.interleave  # the bubble waits for these
     bubble = (cfg.num_layers * layer_s + both_lower - slowest) / plan.interleave
-    lower = num_layers * passes.lower_s + extra.lower_s
-    upper = num_layers * passes.upper_s + extra.upper_s
+    # Without communication, or with all of it, another stage may be the slowest.
+    lower, upper = (
+        slowest_stage_s(cfg.num_layers, layer, embedding, head, plan)
+        for layer, embedding, head in (
+            (passes.lower_s, times.embedding.lower_s, times.head.lower_s),
+            (passes.upper_s, times.embedding.upper_s, times.head.upper_s),
+        )
+    )
+    most = ceil_div(cfg.num_layers, plan.pp)
+    least = maximum(cfg.num_layers - most * (plan.pp - 1), 0)
+    moving_layers = num_micro * most + (cfg.num_layers - least) / plan.interleave
     fill_lower = (cfg.num_layers * passes.lower_s + both_lower - lower) / plan.interleave
     fill_upper = (cfg.num_layers * passes.upper_s + both_upper - upper) / plan.interleave
 
@@ -197,7 +209,7 @@ def _pipeline(cfg: TransformerConfig, times: LayerTimes, plan: Plan, num_micro: 
         by_resource={r: num_micro * s for r, s in on_slowest.by_resource.items()},
         forward_s=num_layers * forward_s,
         backward_s=num_layers * (backward_s + again * forward_s),
-        exchange_s=(num_micro * num_layers + idle_layers) * sum(moved.values(), start=0.0),
+        exchange_s=moving_layers * sum(moved.values(), start=0.0),
         compute_lower_s=num_micro * lower + fill_lower,
         compute_upper_s=num_micro * upper + fill_upper,
     )
@@ -256,7 +268,9 @@ def _optimizer_seconds(cfg: TransformerConfig, plan: Plan, on: Cluster, recipe: 
     own: Num = 0.0
     for parameters, replicas, _ in replicated_parameters(cfg, plan):
         own = own + where(sharded, ceil_div(parameters, replicas), parameters)
-    nodes = optimizer(own, grad_bytes=recipe.gradient_bytes, weight_bytes=recipe.weight_bytes)
+    # In single precision the master copy is the weight: there is no other to write.
+    copy_bytes = 0 if recipe.dtype == FP32 else recipe.weight_bytes
+    nodes = optimizer(own, grad_bytes=recipe.gradient_bytes, weight_bytes=copy_bytes)
     return total_seconds(nodes, on=on.device)
 
 

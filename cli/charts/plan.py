@@ -112,7 +112,7 @@ def figure(choice: PlanChoice, question: Step, ratio: StepRatio | None = None) -
             f"{asked_text(question)} on {system.num_accelerators} x {system.device.id}", 84
         ),
         subtitle=f"{choice.plan}: {seconds_text(float(best.seconds))} {step_text(question)}, "
-        f"{speed}, MFU {percent_text(float(best.mfu_frac))} at most",
+        f"{speed}, MFU {percent_text(float(best.mfu_frac))}",
         footnote=_footnote(choice, ratio),
     )
     fig.update_layout(

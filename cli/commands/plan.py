@@ -245,20 +245,23 @@ def _headline(
         (
             "Speed",
             f"{scaled_text(float(step.tokens_per_s), 'tokens/s')}, "
-            f"MFU {percent_text(float(step.mfu_frac))} at most",
+            f"MFU {percent_text(float(step.mfu_frac))} on this rung",
         ),
         ("Rung", RUNG),
     ]
-    return lines if ratio is None else [*lines, ("Expect", _expected(seconds, ratio))]
+    return lines if ratio is None else [*lines, ("Expect", _expected(choice, ratio))]
 
 
-def _expected(seconds: float, ratio: StepRatio) -> str:
-    """The range that published steps of such devices make likely."""
+def _expected(choice: PlanChoice, ratio: StepRatio) -> str:
+    """The range that published steps of such devices make likely, and how far that reaches."""
+    plan, seconds = choice.plan, float(choice.best.step.seconds)
+    alike = plan.tp * plan.pp * plan.cp == 1 and plan.num_ranks <= 64
     low, high = seconds_text(seconds * ratio.p10), seconds_text(seconds * ratio.p90)
     return (
         f"{low} .. {high}: four in five of {ratio.num_rows} published training steps of dense "
         f"models on this {ratio.scope} took {digits(ratio.p10)} to {digits(ratio.p90)} times their "
         f"bound ({digits(ratio.median)} in the median)"
+        + ("" if alike else "; most ran FSDP on up to 64 GPUs, so this plan is extrapolated")
     )
 
 

@@ -42,7 +42,8 @@ def test_the_main_job_in_words(
     assert err == ""
     for part in (
         "Train llama3-8b, 64 x 128k tokens a step on 64 x h100-sxm (hgx-h100, 8 nodes)",
-        "Best plan", "Bounds", "MFU", "at most", "Rung", "a real step", "published training steps",
+        "Best plan", "Bounds", "MFU", "on this rung", "Rung", "a real step",
+        "published training steps", "extrapolated",
         "piece of the step", "attention", "memory per accelerator", "activations", "of budget",
         "why not", "gap 0 %", "of 80.0 GiB", "Korthikanti", "infiniband_ndr 50.0 GB/s",
     ):  # fmt: skip

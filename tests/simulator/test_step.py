@@ -20,6 +20,7 @@ from simulator.pieces import (
     PIPELINE,
     RECOMPUTED,
     StepEstimate,
+    slowest_stage,
     total_seconds,
 )
 from simulator.recipe import RECIPES
@@ -640,3 +641,38 @@ def test_time_goes_to_one_binding_resource() -> None:
     assert sum(map(float, t.by_resource.values())) == pytest.approx(t.lower_s, rel=1e-12)
     assert sum(map(float, t.by_part.values())) == pytest.approx(t.lower_s, rel=1e-12)
     assert t.by_resource["tensor"] > 0.5 * t.lower_s
+
+
+def test_the_last_stage_holds_what_is_left() -> None:
+    """126 layers on 16 stages: fifteen of 8 and a last one of 6 beside the head."""
+    plans = Plan(pp=np.array([1.0, 16.0, 16.0, 32.0]))
+    head = np.array([1.0, 1.0, 3.0, 3.0])
+    layers, embedding, at_head = slowest_stage(126, 1.0, 0.1, head, plans)
+    assert np.array_equal(layers, [126, 8, 6, 2])
+    assert np.array_equal(embedding, [1, 1, 0, 0])
+    assert np.array_equal(at_head, [1, 0, 1, 1])
+    assert slowest_stage(61, 1.0, 0.1, 3.0, Plan(pp=32)) == (0, 0.0, 1.0)
+
+
+def test_ragged_stages_hide_the_head() -> None:
+    """The spare slots of a ragged split are at the end, so that the head costs less."""
+    step = train_step(model("deepseek-v3"), len_seq=4096, global_batch=1024)
+    on = catalog.cluster("hgx-h100", nodes=32)
+    plan = Plan(dp=8, pp=32, ep=8, zero_stage=1)
+    e = training_step(step, plan=plan, on=on, recipe=RECIPES["bf16"])
+    times = layer_times(step, plan=plan, on=on, recipe=RECIPES["bf16"])
+    layer_s = times.forward.lower_s + times.backward.lower_s
+    layer_s += sum(times.exposed_forward.values()) + sum(times.exposed_backward.values())
+    slowest = max(2 * layer_s + times.embedding.lower_s, times.head.lower_s)
+    everything = 61 * layer_s + times.embedding.lower_s + times.head.lower_s
+    pipeline = 128 * slowest + everything - slowest
+    rest = sum(e.seconds_by_piece[p] for p in (PIPELINE, DATA, OPTIMIZER_STEP))
+    assert e.seconds == pytest.approx(pipeline + rest, rel=1e-12)
+
+
+def test_single_precision_updates_one_copy() -> None:
+    step = train_step(model("gpt2"), len_seq=1024, global_batch=1)
+    on = catalog.cluster("hgx-h100")
+    e = training_step(step, plan=Plan(), on=on, recipe=RECIPES["fp32"])
+    expected = 28 * 124_439_808 / on.device.hbm.bytes_per_s
+    assert e.seconds_by_piece[OPTIMIZER_STEP] == pytest.approx(expected, rel=1e-3)
