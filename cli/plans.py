@@ -10,9 +10,7 @@ if TYPE_CHECKING:
     from hwmodels.calibration import StepRatio
     from simulator.planners.parallelism import Candidate, PlanChoice, Step
 
-RUNG: Final = (
-    "bound: kernels at their roofline, links at wire rate, little else; real steps are slower"
-)
+RUNG: Final = "bound: kernels at their roofline, links at wire rate; the lower bound is a floor"
 
 
 def record(choice: PlanChoice, question: Step, ratio: StepRatio | None) -> dict[str, Any]:

@@ -148,7 +148,9 @@ class Device:
             return rate, "vector"
         known = sorted({k.split("_acc_")[0] for k in self.tensor_flops_per_s})
         known += [k for k in self.vector_flops_per_s if k not in known]
-        raise UnsupportedError(f"{self.id} has no {dtype} rate; it computes {', '.join(known)}")
+        raise UnsupportedError(
+            f"{self.id} has no {dtype} rate; choose a format it computes: {', '.join(known)}"
+        )
 
     def source_of(self, path: str) -> str | None:
         """The citation of a figure: an exact path wins over the longest matching glob."""

@@ -13,10 +13,11 @@ In flight on stage i of p with v chunks: min(m, p - i) micro-batches of the whol
 (v = 1), min(m v, 2 (p - i - 1) + (v - 1) p + 1) / v under the interleaved schedule (Narayanan et
 al. 2021). The first stage has most of them, the last one the loss; where dense layers come before
 layers with experts, a stage between them may hold more than either. The largest total is
-reported; stages are filled as `parameters_per_rank` does it, with ceil(L / p) layers each. Fused
-attention is assumed (no stored scores), no dropout masks.
-Ignored: allocator fragmentation, communication buffers, the driver's context; a budget below the
-device's capacity stands for them.
+reported; stages are filled as `parameters_per_rank` does it, with ceil(L / p) layers each, the last
+one too (the step gives it what is left: memory errs on the safe side). Fused attention is assumed
+(no stored scores), no dropout masks.
+Ignored: allocator fragmentation, communication buffers, the whole-layer gradient that ZeRO 2 and 3
+hold until it is scattered, the driver's context; a budget below the capacity stands for them.
 """
 
 from __future__ import annotations

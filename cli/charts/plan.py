@@ -127,7 +127,7 @@ def figure(choice: PlanChoice, question: Step, ratio: StepRatio | None = None) -
 
 def _footnote(choice: PlanChoice, ratio: StepRatio | None) -> str:
     published = "" if ratio is None else (
-        f": published steps on this {ratio.scope} took {digits(ratio.p10)} to "
+        f"; published steps of dense models on this {ratio.scope} took {digits(ratio.p10)} to "
         f"{digits(ratio.p90)} times this bound"
     )  # fmt: skip
     return (

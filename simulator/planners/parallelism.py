@@ -4,10 +4,10 @@ Space: all (dp, tp, pp, cp, ep, micro-batch, interleave, recompute, ZeRO stage) 
 
     dp tp pp cp = number of accelerators                                                   (1)
     tp divides the query heads and the accelerators of one innermost link group            (2)
-    pp <= L; interleave v > 1 needs pp > 1, pp v | L and pp | m                             (3)
+    pp <= L; interleave 1 < v <= 8 needs pp > 1, pp v | L and pp | m                        (3)
     cp is a power of two; 2 cp divides the new tokens of a sequence (zigzag)               (4)
     ep divides the experts and dp cp                                                       (5)
-    training: dp micro-batch | global batch, so that m micro-batches are whole             (6)
+    training: dp micro-batch | global batch (m is whole), micro-batch <= 16                (6)
     serving: dp pp | batch, one slot of sequences per replica and stage; v = 1, ZeRO 0     (7)
     ZeRO 2 and 3 only without a pipeline: a stage would exchange for every micro-batch     (8)
 

@@ -127,7 +127,10 @@ BAD = {
     "garbage": (("estimate", "matmul", "-p", "m=lots", *SQUARE, "-d", "h100-sxm"), "'lots'"),
     "newline": (("estimate", "matmul", "-p", "m=1\n2", *SQUARE, "-d", "h100-sxm"), "'1 2'"),
     "dtype": (("estimate", *MATMUL, "-p", "dtype=bf61", "-d", "h100-sxm"), "did you mean bf16"),
-    "bf16 on T4": (("estimate", *MATMUL, "-d", "t4"), "t4 has no bf16 rate; it computes"),
+    "bf16 on T4": (
+        ("estimate", *MATMUL, "-d", "t4"),
+        "t4 has no bf16 rate; choose a format it computes: fp16",
+    ),
     "fp8 on A100": (
         ("estimate", *MATMUL, "-p", "dtype=fp8", "-d", "a100-sxm4-80gb"),
         "a100-sxm4-80gb has no fp8 rate",

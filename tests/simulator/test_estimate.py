@@ -319,7 +319,9 @@ def test_p100_multiplies_halves_on_vector_units_and_says_so() -> None:
 
 @pytest.mark.parametrize("device_id", ["v100-sxm2-16gb", "t4"])
 def test_bf16_before_ampere_is_refused(device_id: str) -> None:
-    with pytest.raises(UnsupportedError, match=rf"{device_id} has no bf16 rate; it computes fp16"):
+    with pytest.raises(
+        UnsupportedError, match=rf"{device_id} has no bf16 rate; choose a format it computes: fp16"
+    ):
         estimate(Matmul(m=64, n=64, k=64, dtype=BF16), on=catalog.device(device_id))
 
 
