@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 from cli.quantity import count_text, seconds_text
 
 if TYPE_CHECKING:
-    from hwmodels.calibration import StepRatio
+    from hwmodels.step_ratios import StepRatio
     from simulator.planners.parallelism import Candidate, PlanChoice, Step
 
 RUNG: Final = "bound: kernels at their roofline, links at wire rate; the lower bound is a floor"

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from hwmodels.calibration import StepRatios
+from hwmodels.step_ratios import StepRatios
 from validate.compare import Comparison, Table
 from validate.steps import StepComparison, StepTable
 

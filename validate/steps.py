@@ -4,7 +4,7 @@
 
 `step_ratios` takes the median and the 10th and 90th percentile of the ratio over published runs,
 by device and by architecture, from nine runs on; `python -m validate.steps DIR` writes them where
-`hwmodels.calibration` reads them. `compare_steps` holds other runs against both: the bound, which
+`hwmodels.step_ratios` reads them. `compare_steps` holds other runs against both: the bound, which
 no run may beat, and the ratios, by which
 
     predicted = bound * median,    bound * p10 <= measured <= bound * p90  in 80 % of the runs
@@ -27,7 +27,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from hwmodels.calibration import (
+from hwmodels.errors import InputError
+from hwmodels.step_ratios import (
     KIND,
     SCHEMA,
     STEPS_FILE,
@@ -36,7 +37,6 @@ from hwmodels.calibration import (
     digest_of,
     shipped_ratios,
 )
-from hwmodels.errors import InputError
 from simulator.estimate import BOUND
 from simulator.step import training_step
 from validate.adapters import TRAINING_FAMILY
@@ -138,7 +138,7 @@ def samples(rows: Iterable[Measurement]) -> tuple[tuple[Sample, ...], tuple[tupl
 
 
 def step_ratios(calib_rows: Iterable[Measurement], *, on: datetime.date) -> dict[str, Any]:
-    """The document that `hwmodels.calibration` reads, fitted on these rows."""
+    """The document that `hwmodels.step_ratios` reads, fitted on these rows."""
     rows = tuple(calib_rows)
     found, _ = samples(rows)
     if not found:

@@ -88,6 +88,13 @@ class Op(ABC):
     def work(self, fast_bytes: Num) -> Work:
         """Everything the op counts when tiled for a fast memory of that size."""
 
+    def blocks(self, fast_bytes: Num) -> Num | None:
+        """Thread blocks that can run at once, each with that fast memory; None: not stated.
+
+        An op that states them is not timed as if it filled the device when it cannot.
+        """
+        return None
+
     @abstractmethod
     def compulsory_bytes(self) -> Num:
         """Each input read once and each output written once."""

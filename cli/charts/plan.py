@@ -28,7 +28,7 @@ from cli.quantity import digits, percent_text, scaled_text, seconds_text
 from hwmodels.units import GIB
 
 if TYPE_CHECKING:
-    from hwmodels.calibration import StepRatio
+    from hwmodels.step_ratios import StepRatio
     from simulator.planners.parallelism import Candidate, PlanChoice, Step
     from workloads.numeric import Num
 

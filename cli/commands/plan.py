@@ -27,8 +27,8 @@ from hwmodels.units import GIB
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from hwmodels.calibration import StepRatio
     from hwmodels.cluster import Cluster
+    from hwmodels.step_ratios import StepRatio
     from simulator.planners.parallelism import Candidate, PlanChoice, Step
     from workloads.models.config import TransformerConfig
 
@@ -113,7 +113,7 @@ def plan(
     from cli.files import check_writable, write_all
     from cli.progress import patience
     from hwmodels import catalog
-    from hwmodels.calibration import step_ratio
+    from hwmodels.step_ratios import step_ratio
     from simulator.planners.parallelism import plan_parallelism
     from simulator.recipe import recipe as recipe_of
     from workloads.models.config import load_model

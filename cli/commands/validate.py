@@ -81,7 +81,7 @@ def _markdown(
 ) -> str:  # fmt: skip
     import datetime
 
-    from hwmodels.calibration import shipped_ratios
+    from hwmodels.step_ratios import shipped_ratios
     from validate.report import accuracy_markdown, steps_markdown
 
     name = path.resolve().name

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cli.main import main
-from hwmodels.calibration import step_ratio
+from hwmodels.step_ratios import step_ratio
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 LLAMA = str(EXAMPLES / "llama3-8b.json")

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from hwmodels import catalog
-from hwmodels.calibration import STEPS_FILE, StepRatios, read_step_ratios
 from hwmodels.errors import InputError
+from hwmodels.step_ratios import STEPS_FILE, StepRatios, read_step_ratios
 from simulator.step import training_step
 from tests.validate.data import write_csv
 from validate import steps

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from hwmodels import calibration, catalog
-from hwmodels.calibration import digest_of, read_step_ratios, step_ratio
+from hwmodels import catalog, step_ratios
 from hwmodels.errors import InputError, SpecError
+from hwmodels.step_ratios import digest_of, read_step_ratios, step_ratio
 
 ROWS = [hashlib.sha256(text).hexdigest() for text in (b"one", b"two")]
 ENTRY = {"num_rows": 12, "median": 1.5, "p10": 1.25, "p90": 2.0, "sources": ["a/b", "c"]}
@@ -69,12 +69,12 @@ def test_the_shipped_file_answers_for_known_devices_and_no_others() -> None:
 def test_without_a_file_there_is_no_ratio(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(calibration, "STEPS_FILE", tmp_path / "none.json")
-    calibration.shipped_ratios.cache_clear()
+    monkeypatch.setattr(step_ratios, "STEPS_FILE", tmp_path / "none.json")
+    step_ratios.shipped_ratios.cache_clear()
     try:
         assert step_ratio("a100-sxm4-80gb", "Ampere") is None
     finally:
-        calibration.shipped_ratios.cache_clear()
+        step_ratios.shipped_ratios.cache_clear()
 
 
 def changed(*path: str, to: object) -> Callable[[dict[str, Any]], None]:

@@ -1,0 +1,104 @@
+"""The calibrated rung: an op's time on a device, its interval, and where both come from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from hwmodels.calibration import Calibration, Residuals
+from hwmodels.device import Device
+from simulator.kernel_time.basis import NOMINAL_Q80, NOMINAL_Q90, Basis, basis, remembered
+from simulator.kernel_time.model import USUAL, Conditions, KernelModel, KernelTime
+from simulator.kernel_time.rates import rates_of
+from simulator.kernel_time.registry import model_of
+from workloads.numeric import Num
+from workloads.op import Op
+
+MODEL: Final = "model"
+CALIBRATED: Final = "calibrated"
+
+_rates = remembered(rates_of)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """One op's time on one device. Seconds broadcast over the op's arrays.
+
+    `rung` is 'calibrated' where constants were fitted (here or on the device's donors), 'model'
+    where they are nominal. `half_80`, `half_90` are half widths of the interval in log time.
+    """
+
+    seconds: Num
+    half_80: Num
+    half_90: Num
+    terms: Any
+    rung: str
+    model: str
+    basis: Basis
+    notes: tuple[str, ...] = ()
+
+    def interval(self, level: int = 80) -> tuple[Num, Num]:
+        """Low and high seconds that hold `level` (80 or 90) per cent of measurements."""
+        half = {80: self.half_80, 90: self.half_90}[level]
+        factor = np.exp(half) if isinstance(half, np.ndarray) else math.exp(half)
+        return self.seconds / factor, self.seconds * factor
+
+
+def predict(
+    op: Op,
+    *,
+    on: Device,
+    conditions: Conditions = USUAL,
+    calibrations: Sequence[Calibration] | None = None,
+) -> Prediction:
+    """The best estimate of a kernel's time that the calibrations allow.
+
+    Raises `UnsupportedError` where the device has no rate the op needs.
+    """
+    model = model_of(type(op))
+    labels = model.labels(op, conditions)
+    found = basis(on, model, calibrations).narrowed(labels)
+    time = model.time(op, _rates(on), found.constants(labels), conditions)
+    half_80, half_90 = _halves(found, time, known=found.knows(labels))
+    return Prediction(
+        seconds=time.seconds,
+        half_80=half_80,
+        half_90=half_90,
+        terms=time.terms,
+        rung=CALIBRATED if found.calibrated else MODEL,
+        model=model.name,
+        basis=found,
+        notes=_notes(model, found, known=found.knows(labels)),
+    )
+
+
+def _halves(found: Basis, time: KernelTime, *, known: bool) -> tuple[Num, Num]:
+    """Half widths by regime; an array of regimes is looked up name by name."""
+    regimes = time.regime()
+    if isinstance(regimes, str):
+        return _half_pair(found.residuals(regimes, known=known))
+    q80, q90 = np.empty(regimes.shape), np.empty(regimes.shape)
+    for name in np.unique(regimes):
+        here = regimes == name
+        q80[here], q90[here] = _half_pair(found.residuals(str(name), known=known))
+    return q80, q90
+
+
+def _half_pair(residuals: Residuals | None) -> tuple[float, float]:
+    if residuals is None:
+        return NOMINAL_Q80, NOMINAL_Q90
+    return residuals.q80, residuals.q90
+
+
+def _notes(model: KernelModel, found: Basis, *, known: bool) -> tuple[str, ...]:
+    """What a reader must know beside the number."""
+    notes = [found.describe()]
+    if model.name == "general":
+        notes.append("no kernel model of its own: the general path, from counts alone")
+    if not known:
+        notes.append("no fitted row ran this kernel or format: usual factors")
+    return tuple(notes)

@@ -1,0 +1,37 @@
+"""Which kernel model times which op: the nearest class wins, the general path takes the rest."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Final
+
+from hwmodels.errors import UnknownNameError
+from simulator.kernel_time import gemm, general
+from simulator.kernel_time.model import KernelModel
+from workloads.op import Op
+
+MODELS: Final[tuple[KernelModel, ...]] = (
+    gemm.MODEL,
+    general.MODEL,
+)
+
+
+@lru_cache(maxsize=512)
+def model_of(op: type[Op]) -> KernelModel:
+    """The model of the nearest base class that has one.
+
+    >>> from workloads.ops.matmul import Matmul
+    >>> from workloads.ops.softmax import Softmax
+    >>> model_of(Matmul).name
+    'gemm'
+    """
+    by_op = {kind: model for model in MODELS for kind in model.ops}
+    return next(by_op[kind] for kind in op.__mro__ if kind in by_op)
+
+
+def model(name: str) -> KernelModel:
+    """The model of that name."""
+    for found in MODELS:
+        if found.name == name:
+            return found
+    raise UnknownNameError("kernel model", name, [m.name for m in MODELS])

@@ -1,0 +1,45 @@
+"""A measured row as ops: what each published op name and dtype label means in our counts.
+
+An adapter turns one row into the parts that run one after the other, or raises `Uncounted` with
+the reason. What it leaves out of a row (a bias, a write to the KV cache) only lowers the count, so
+the bound stays a bound; a row of which we would count too much is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from validate.adapters import attention, elementwise, gemm
+from validate.adapters.part import Part, Uncounted
+from validate.measurement import Measurement
+
+__all__ = ["ADAPTERS", "TRAINING_FAMILY", "Part", "Uncounted", "is_training_step", "parts"]
+
+WHOLE_STEP = "a training step is held against the bound as a whole, not as one op"
+TRAINING_FAMILY = "steps_training"
+
+ADAPTERS: Final[Mapping[str, Callable[[Measurement], tuple[Part, ...]]]] = {
+    **gemm.ADAPTERS,
+    **attention.ADAPTERS,
+    **elementwise.ADAPTERS,
+}
+
+
+def parts(row: Measurement) -> tuple[Part, ...]:
+    """The ops that run in a row, one after the other; raises `Uncounted`."""
+    if is_training_step(row):
+        raise Uncounted(WHOLE_STEP)
+    if "parallelism" in row.params:
+        raise Uncounted("a whole step is not one op")
+    if row.seconds is None:
+        raise Uncounted("the metric is not a time")
+    adapter = ADAPTERS.get(row.op)
+    if adapter is None:
+        raise Uncounted(f"no op for {row.op} yet")
+    return adapter(row)
+
+
+def is_training_step(row: Measurement) -> bool:
+    """Does the row belong to a file of training steps?"""
+    return row.family.startswith(TRAINING_FAMILY) and "parallelism" in row.params

@@ -1,0 +1,317 @@
+"""Calibrations from measured rows: fit, cross-validate, hold against other architectures, write.
+
+Folds are drawn by shape, so that the same shape timed by two frameworks stands in one fold. The
+interval of a prediction is the split-conformal quantile of |log(measured / predicted)| over rows
+of the same regime that the fit had not seen (Vovk et al. 2005; Lei et al. 2018, section 2.2).
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any, Final
+
+import numpy as np
+
+from hwmodels import catalog
+from hwmodels.calibration import (
+    KIND,
+    LEVELS,
+    POOLED,
+    SCHEMA,
+    Calibration,
+    FittedConstant,
+    ModelCalibration,
+    Residuals,
+)  # fmt: skip
+from hwmodels.step_ratios import digest_of
+from simulator.kernel_time import general
+from simulator.kernel_time.basis import Basis, basis, kin
+from simulator.kernel_time.model import KernelModel
+from simulator.kernel_time.rates import rates_of
+from simulator.kernel_time.registry import model_of
+from validate.batches import Batch, batches
+from validate.fitting import Fit, Floats, Problem, fit, problem_of
+from validate.measurement import Measurement
+from validate.runs import digest
+
+FOLDS: Final = 5
+MIN_ROWS: Final = 20
+"""Fewest rows a model is calibrated on."""
+MIN_REGIME: Final = 40
+"""Fewest rows a regime needs for residuals of its own."""
+DIGEST_CHARS: Final = 16
+SEED: Final = 20261121
+
+
+def short_digest(row: Measurement) -> str:
+    """The first 64 bits of the digest of what a row says."""
+    return digest(row)[:DIGEST_CHARS]
+
+
+def calibrate(
+    rows: Sequence[Measurement],
+    device_id: str,
+    *,
+    models: Iterable[str] | None = None,
+    on: datetime.date | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Calibration:
+    """Every kernel model that the rows of one device allow, without transfer residuals."""
+    mine = [r for r in rows if r.device_id == device_id]
+    today = on or datetime.date.today()
+    seconds = np.array([r.seconds or math.nan for r in mine], dtype=np.float64)
+    found, _ = batches(mine)
+    wanted = None if models is None else set(models)
+    fitted: dict[str, ModelCalibration] = {}
+    used: set[int] = set()
+    for problem in _components(problem_of(device_id, found, seconds)):
+        names = {m.name for m in problem.models}
+        if len(problem.rows) < MIN_ROWS or (wanted is not None and not names & wanted):
+            continue
+        progress(f"{device_id}: {', '.join(sorted(names))} on {len(problem.rows)} rows")
+        fitted |= _fitted(problem, mine, today)
+        used |= set(problem.rows.tolist())
+    if (wanted is None or general.MODEL.name in wanted) and found:
+        progress(f"{device_id}: general")
+        fitted |= _general(problem_of(device_id, found, seconds, general.MODEL), mine, today)
+        used |= {int(i) for b in found for i in b.where}
+    digests = sorted({short_digest(mine[i]) for i in used})
+    return Calibration(
+        device_id=device_id,
+        date=today,
+        rows_digest=digest_of(digests),
+        rows=frozenset(digests),
+        models=fitted,
+    )
+
+
+def _components(problem: Problem) -> list[Problem]:
+    """Parts of a problem that share no model: models whose kernels run in one row stay together."""
+    import networkx as nx
+
+    graph = nx.Graph()
+    by_row: dict[int, str] = {}
+    for batch, model in zip(problem.batches, problem.models, strict=True):
+        graph.add_node(model.name)
+        for i in batch.where:
+            graph.add_edge(model.name, by_row.setdefault(int(i), model.name))
+    parts = []
+    for names in nx.connected_components(graph):
+        keep = [i for i, m in enumerate(problem.models) if m.name in names]
+        parts.append(
+            replace(
+                problem,
+                batches=tuple(problem.batches[i] for i in keep),
+                models=tuple(problem.models[i] for i in keep),
+            )
+        )
+    return parts
+
+
+def _fitted(
+    problem: Problem, rows: Sequence[Measurement], today: datetime.date
+) -> dict[str, ModelCalibration]:
+    """Full fit for the constants, cross-validation for the residuals."""
+    whole = fit(problem)
+    errors = cross_validated(problem, whole, rows)
+    regimes = _regimes(problem, whole)
+    return {
+        model.name: _entry(problem, whole, model, errors, regimes, rows, today)
+        for model in dict.fromkeys(problem.models)
+    }
+
+
+def _general(
+    problem: Problem, rows: Sequence[Measurement], today: datetime.date
+) -> dict[str, ModelCalibration]:
+    """The general path on every op: the folds are whole op classes, as its users' ops are new."""
+    whole = fit(problem)
+    kinds = np.array(["" for _ in rows], dtype=object)
+    for batch in problem.batches:
+        kinds[batch.where] = batch.op.name
+    names = sorted(set(kinds[problem.rows]))
+    errors = np.full(len(rows), np.nan)
+    for name in names:
+        held = problem.rows[kinds[problem.rows] == name]
+        kept = problem.rows[kinds[problem.rows] != name]
+        theta = fit(problem, kept, whole.theta).theta if len(kept) >= MIN_ROWS else whole.theta
+        errors[held] = np.log(problem.seconds[held] / problem.predicted(theta)[held])
+    regimes = np.full(len(rows), POOLED, dtype=object)
+    model = general.MODEL
+    return {model.name: _entry(problem, whole, model, errors, regimes, rows, today)}
+
+
+def cross_validated(problem: Problem, whole: Fit, rows: Sequence[Measurement]) -> Floats:
+    """log(measured / predicted) of every row, predicted by a fit without its shape."""
+    folds = np.array([_fold(rows[i]) for i in problem.rows])
+    errors = np.full(len(rows), np.nan)
+    for number in range(FOLDS):
+        held, kept = problem.rows[folds == number], problem.rows[folds != number]
+        if len(held) == 0:
+            continue
+        theta = fit(problem, kept, whole.theta).theta
+        errors[held] = np.log(problem.seconds[held] / problem.predicted(theta)[held])
+    return errors
+
+
+def _fold(row: Measurement) -> int:
+    """The same for all rows of one shape, whoever timed them."""
+    text = json.dumps([SEED, row.op, dict(row.params)], sort_keys=True)
+    return hashlib.sha256(text.encode()).digest()[0] % FOLDS
+
+
+def _regimes(problem: Problem, whole: Fit) -> Any:
+    """The regime of every row: that of its longest part."""
+    names = np.full(len(problem.seconds), POOLED, dtype=object)
+    longest = np.zeros(len(problem.seconds))
+    rates = rates_of(problem.device)
+    for i, (batch, model) in enumerate(zip(problem.batches, problem.models, strict=True)):
+        time = model.time(batch.op, rates, problem.values(i, whole.theta), batch.conditions)
+        seconds = np.broadcast_to(time.seconds, len(batch.where))
+        regime = np.broadcast_to(np.asarray(time.regime()), len(batch.where))
+        longer = seconds > longest[batch.where]
+        where = batch.where[longer]
+        names[where], longest[where] = regime[longer], seconds[longer]
+    return names
+
+
+def _entry(
+    problem: Problem,
+    whole: Fit,
+    model: KernelModel,
+    errors: Floats,
+    regimes: Any,
+    rows: Sequence[Measurement],
+    today: datetime.date,
+) -> ModelCalibration:
+    """What the file says of one model: its own rows' residuals, pooled and by regime."""
+    mine = np.unique(
+        np.concatenate(
+            [b.where for b, m in zip(problem.batches, problem.models, strict=True) if m is model]
+        )
+    )
+    by_regime = {POOLED: residuals_of(errors[mine])}
+    for name in sorted(set(regimes[mine])):
+        here = mine[regimes[mine] == name]
+        if name != POOLED and len(here) >= MIN_REGIME:
+            by_regime[str(name)] = residuals_of(errors[here])
+    return ModelCalibration(
+        device_id=problem.device.id,
+        date=today,
+        num_rows=len(mine),
+        sources=tuple(sorted({rows[i].source for i in mine})),
+        constants=whole.constants(model),
+        residuals=by_regime,
+        transfer=None,
+    )
+
+
+def residuals_of(errors: Floats) -> Residuals:
+    """Conformal quantiles of |error| and the signed quantiles, of log(measured / predicted)."""
+    size = len(errors)
+    rising = np.sort(np.abs(errors))
+
+    def conformal(level: float) -> float:
+        rank = min(math.ceil((size + 1) * level), size)
+        return float(f"{max(rising[rank - 1], 1e-4):.4g}")
+
+    return Residuals(
+        num_rows=size,
+        q80=conformal(0.8),
+        q90=conformal(0.9),
+        quantiles=tuple(float(f"{q:.4g}") for q in np.quantile(errors, LEVELS)),
+    )
+
+
+def predicted_seconds(
+    rows: Sequence[Measurement],
+    found: Sequence[Batch],
+    basis_of: Callable[[Batch, KernelModel], Basis],
+) -> Floats:
+    """Seconds of every row with the constants that `basis_of` gives each batch."""
+    total = np.zeros(len(rows))
+    for batch in found:
+        model = model_of(type(batch.op))
+        labels = model.labels(batch.op, batch.conditions)
+        constants = basis_of(batch, model).narrowed(labels).constants(labels)
+        rates = rates_of(catalog.device(batch.device_id))
+        time = model.time(batch.op, rates, constants, batch.conditions)
+        np.add.at(total, batch.where, np.broadcast_to(time.seconds, len(batch.where)))
+    return total
+
+
+def with_transfer(
+    calibrations: Sequence[Calibration], rows: Sequence[Measurement]
+) -> tuple[Calibration, ...]:
+    """Each file with the residuals of predicting its rows from other architectures only."""
+    done = []
+    for mine in calibrations:
+        family = kin(catalog.device(mine.device_id))
+        others = [c for c in calibrations if kin(catalog.device(c.device_id)) != family]
+        models = {
+            name: replace(entry, transfer=_transfer(mine.device_id, name, others, rows))
+            for name, entry in mine.models.items()
+        }
+        done.append(replace(mine, models=models))
+    return tuple(done)
+
+
+def _transfer(
+    device_id: str, name: str, others: Sequence[Calibration], rows: Sequence[Measurement]
+) -> Residuals | None:
+    """Residuals of one model's rows under the other architectures' constants."""
+    if not any(name in c.models for c in others):
+        return None
+    mine = [r for r in rows if r.device_id == device_id]
+    found, _ = batches(mine)
+    forced = general.MODEL if name == general.MODEL.name else None
+    chosen = [b for b in found if forced or model_of(type(b.op)).name == name]
+    if not chosen:
+        return None
+    device = catalog.device(device_id)
+    total = np.zeros(len(mine))
+    for batch in chosen:
+        model = forced or model_of(type(batch.op))
+        labels = model.labels(batch.op, batch.conditions)
+        constants = basis(device, model, others).narrowed(labels).constants(labels)
+        time = model.time(batch.op, rates_of(device), constants, batch.conditions)
+        np.add.at(total, batch.where, np.broadcast_to(time.seconds, len(batch.where)))
+    whole = np.flatnonzero(total > 0)
+    measured = np.array([mine[i].seconds for i in whole], dtype=np.float64)
+    return residuals_of(np.log(measured / total[whole]))
+
+
+def as_document(calibration: Calibration) -> dict[str, Any]:
+    """The JSON document that `hwmodels.calibration` reads."""
+    return {
+        "schema": SCHEMA,
+        "kind": KIND,
+        "device": calibration.device_id,
+        "date": calibration.date.isoformat(),
+        "rows_digest": calibration.rows_digest,
+        "models": {name: _model_document(m) for name, m in sorted(calibration.models.items())},
+        "rows": sorted(calibration.rows),
+    }
+
+
+def _model_document(entry: ModelCalibration) -> dict[str, Any]:
+    return {
+        "num_rows": entry.num_rows,
+        "sources": list(entry.sources),
+        "constants": {name: _constant_document(c) for name, c in entry.constants.items()},
+        "residuals": {name: asdict(r) for name, r in entry.residuals.items()},
+        "transfer": None if entry.transfer is None else asdict(entry.transfer),
+    }
+
+
+def _constant_document(constant: FittedConstant) -> Mapping[str, Any]:
+    return {
+        "value": constant.value,
+        "status": constant.status,
+        "factors": dict(sorted(constant.factors.items())),
+    }
