@@ -25,6 +25,7 @@ COMMANDS: Final = (
     "roofline",
     "plan",
     "validate",
+    "calibrate",
 )
 """Each is a function of that name in the module `cli.commands.<name>`, light to import."""
 

@@ -29,3 +29,11 @@ Over: TypeAlias = Annotated[str, typer.Option("--over", metavar="KEY=RANGE", hel
 MaybeOver: TypeAlias = Annotated[
     str | None, typer.Option("--over", metavar="KEY=RANGE", help=OVER_HELP)
 ]
+Rung: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--rung",
+        metavar="RUNG",
+        help="'best': the calibrated kernel model; 'bound': the roofline alone.",
+    ),
+]

@@ -25,6 +25,7 @@ def record(e: Estimate) -> dict[str, Any]:
         "device": e.device.id,
         "rung": e.rung,
         "seconds": e.seconds,
+        **_interval(e),
         "lower_s": e.lower_s,
         "upper_s": e.upper_s,
         "bound": e.bound,
@@ -48,6 +49,37 @@ def record(e: Estimate) -> dict[str, Any]:
         "unrated": list(e.unrated),
         "notes": list(e.notes),
         "sources": sources(e),
+        "calibration": _calibration(e),
+    }
+
+
+def _interval(e: Estimate) -> dict[str, Any]:
+    """Ends of the 80 % and 90 % intervals, the kernel's terms; None on the bound rung."""
+    if e.prediction is None:
+        names = ("low_80_s", "high_80_s", "low_90_s", "high_90_s", "terms_s", "regime")
+        return dict.fromkeys(names)
+    (low_80, high_80), (low_90, high_90) = e.interval(80), e.interval(90)
+    return {
+        "low_80_s": low_80,
+        "high_80_s": high_80,
+        "low_90_s": low_90,
+        "high_90_s": high_90,
+        "terms_s": dict(e.prediction.terms),
+        "regime": e.prediction.regime,
+    }
+
+
+def _calibration(e: Estimate) -> dict[str, Any] | None:
+    """Whose constants the time rests on; None on the bound rung."""
+    if e.prediction is None:
+        return None
+    basis = e.prediction.basis
+    return {
+        "model": e.prediction.model,
+        "scope": basis.scope,
+        "devices": [d.device_id for d in basis.donors],
+        "num_rows": sum(d.num_rows for d in basis.donors),
+        "text": basis.describe(),
     }
 
 

@@ -42,6 +42,14 @@ class Series:
         return self.along(self.estimate.seconds)
 
     @property
+    def interval(self) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+        """Ends of the 80 % interval at every value; None on the bound rung."""
+        if self.estimate.prediction is None:
+            return None
+        low, high = self.estimate.interval(80)
+        return self.along(low), self.along(high)
+
+    @property
     def bound(self) -> NDArray[np.str_]:
         """The binding resource at every value."""
         return np.broadcast_to(np.asarray(self.estimate.bound), len(self.values))
@@ -57,10 +65,12 @@ class Series:
     def document(self) -> dict[str, Any]:
         """The JSON record: one list entry per value in everything that is counted or timed."""
         fixed = record(self.estimate) | {"params": self.fixed_params()}
-        constant = ("op", "params", "device", "rung", "unrated", "notes", "sources")
+        constant = ("op", "params", "device", "rung", "unrated", "notes", "sources", "calibration")
         return {k: v if k in constant else self._listed(v) for k, v in fixed.items()}
 
     def _listed(self, value: Any) -> Any:
+        if value is None:
+            return None
         if isinstance(value, Mapping):
             return {key: self._listed(item) for key, item in value.items()}
         return np.broadcast_to(np.asarray(value), len(self.values)).tolist()
@@ -81,6 +91,22 @@ def caption(series: Sequence[Series]) -> str:
     parts = [", ".join(f"{k} {v}" for k, v in common.items())]
     parts += [text if len(told) == 1 else f"{name}: {text}" for name, text in own.items() if text]
     return "; ".join(part for part in parts if part)
+
+
+def rungs_text(series: Sequence[Series]) -> str:
+    """What the times stand on, in a sentence without its full stop."""
+    if all(s.estimate.prediction is None for s in series):
+        return "Rung bound: roofline lower bounds; real kernels are slower"
+    made = {s.estimate.prediction.basis.describe() for s in series if s.estimate.prediction}
+    general = sorted({s.op_name for s in series if _general(s)})
+    more = f"; {', '.join(general)}: the general path, from counts alone" if general else ""
+    rungs = "/".join(sorted({s.estimate.rung for s in series}))
+    return f"Rung {rungs}, 80 % intervals: {'; '.join(sorted(made))}{more}"
+
+
+def _general(series: Series) -> bool:
+    found = series.estimate.prediction
+    return found is not None and found.model == "general"
 
 
 def _told(series: Series) -> dict[str, str]:
@@ -142,7 +168,11 @@ def _swaps(a: Series, b: Series) -> Iterator[Crossover]:
 
 
 def ask_all(
-    names: Sequence[str], device_names: Sequence[str], params: Sequence[str], over: Over | None
+    names: Sequence[str],
+    device_names: Sequence[str],
+    params: Sequence[str],
+    over: Over | None,
+    rung: str,
 ) -> list[Series]:
     """Every op on every device along the swept values, one array call each; once without them."""
     from cli.questions import ops_asked
@@ -154,7 +184,7 @@ def ask_all(
     ops = ops_asked(names, params, over)
     return [
         Series(
-            estimate=estimate(op, on=device),
+            estimate=estimate(op, on=device, rung=rung),
             values=over.values if over else (1,),
             swept_fields=registry.fields_meant(name, over.key) if over else (),
         )

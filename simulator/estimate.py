@@ -1,6 +1,8 @@
-"""Time of one op on one device: counts divided by rates.
+"""Time of one op on one device: counts divided by rates, on the rung that was asked for.
 
-This file holds the *bound* rung, the roofline with every memory level:
+`estimate` answers on the best rung there is: *calibrated* where a kernel model has fitted constants
+for the device or a donor, *model* where its constants are nominal (`simulator.kernel_time`), each
+with an interval. Beside it always stands the *bound* rung, the roofline with every memory level:
 
     t_tensor  = sum over formats of tensor_flops / rate        (vector units where no tensor path)
     t_vector  = vector_flops / fp32 rate                       (same resource as the above)
@@ -20,20 +22,26 @@ waves, ramps, clock droop; so a cold kernel is never faster than `lower_s`; a re
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hwmodels.calibration import Calibration
 from hwmodels.device import Device, MemoryLevel
 from hwmodels.dtypes import FP32
-from hwmodels.errors import UnsupportedError
+from hwmodels.errors import UnknownNameError, UnsupportedError
+from simulator.kernel_time.model import USUAL, Conditions
+from simulator.kernel_time.predict import Prediction, predict
 from workloads.numeric import Num, maximum
 from workloads.op import Op
 from workloads.work import Work
 
 BOUND = "bound"
+BEST = "best"
+RUNGS = (BEST, BOUND)
+"""What may be asked for; the answer names the rung it stands on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +50,7 @@ class Estimate:
 
     `unrated` names resources the device publishes no rate for: they are left out of the bounds,
     which stay valid lower bounds. `notes` says what a reader must know (a fallback, a doubt).
+    `prediction` is None on the bound rung.
     """
 
     op: Op
@@ -52,6 +61,7 @@ class Estimate:
     bytes_by_level: Mapping[str, Num]
     unrated: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    prediction: Prediction | None = None
 
     @property
     def lower_s(self) -> Num:
@@ -70,7 +80,16 @@ class Estimate:
     @property
     def seconds(self) -> Num:
         """The rung's answer; on the bound rung, `lower_s`."""
-        return self.lower_s
+        return self.lower_s if self.prediction is None else self.prediction.seconds
+
+    def interval(self, level: int = 80) -> tuple[Num, Num]:
+        """Low and high seconds that hold `level` (80 or 90) per cent of measured kernels.
+
+        On the bound rung, which predicts nothing, `lower_s` and `upper_s`.
+        """
+        if self.prediction is None:
+            return self.lower_s, self.upper_s
+        return self.prediction.interval(level)
 
     @property
     def bound(self) -> str | NDArray[np.str_]:
@@ -103,15 +122,36 @@ class Estimate:
         return self.limit_s / self.seconds
 
 
-def estimate(op: Op, *, on: Device) -> Estimate:
-    """Bound-rung estimate of `op`; raises `UnsupportedError` where the device has no rate.
+def estimate(
+    op: Op,
+    *,
+    on: Device,
+    rung: str = BEST,
+    conditions: Conditions = USUAL,
+    calibrations: Sequence[Calibration] | None = None,
+) -> Estimate:
+    """What `op` costs on a device; raises `UnsupportedError` where that has no rate for it.
+
+    `rung` is 'best' or 'bound'; `conditions` say how the kernel is run (by default cold, in a
+    captured graph), `calibrations` replace the shipped ones.
 
     >>> from hwmodels import catalog
     >>> from workloads.ops.matmul import Matmul
     >>> e = estimate(Matmul(m=8192, n=8192, k=8192), on=catalog.device("h100-sxm"))
-    >>> e.bound, round(e.lower_s * 1e3, 2)
-    ('tensor', 1.11)
+    >>> e.bound, round(e.lower_s * 1e3, 2), e.lower_s < e.seconds < e.interval(80)[1]
+    ('tensor', 1.11, True)
     """
+    if rung not in RUNGS:
+        raise UnknownNameError("rung", rung, list(RUNGS))
+    bound = _bound(op, on)
+    if rung == BOUND:
+        return bound
+    found = predict(op, on=on, conditions=conditions, calibrations=calibrations)
+    return replace(bound, rung=found.rung, prediction=found, notes=(*bound.notes, *found.notes))
+
+
+def _bound(op: Op, on: Device) -> Estimate:
+    """The bound rung."""
     seconds: dict[str, Num] = {}
     level_bytes: dict[str, Num] = {}
     unrated: list[str] = []

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from hwmodels.cluster import Cluster
 from hwmodels.device import Device
-from simulator.estimate import Estimate, estimate
+from simulator.estimate import BOUND, Estimate, estimate
 from simulator.exchange import CONTEXT, EXPERT, TENSOR
 from simulator.network import estimate_collective
 from simulator.recipe import Recipe
@@ -92,7 +92,7 @@ def total_seconds(nodes: Iterable[Node], *, on: Device) -> Totals:
     """Bound-rung seconds of nodes in sequence; each node's time goes to its binding resource."""
     total = Totals()
     for node in nodes:
-        result = estimate(node.op, on=on)
+        result = estimate(node.op, on=on, rung=BOUND)
         lower = result.lower_s
         once = Totals(
             lower_s=lower,

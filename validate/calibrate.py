@@ -11,13 +11,14 @@ import datetime
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from typing import Any, Final
 
 import numpy as np
 
-from hwmodels import catalog
 from hwmodels.calibration import (
     KIND,
     LEVELS,
@@ -30,11 +31,10 @@ from hwmodels.calibration import (
 )  # fmt: skip
 from hwmodels.step_ratios import digest_of
 from simulator.kernel_time import general
-from simulator.kernel_time.basis import Basis, basis, kin
+from simulator.kernel_time.basis import basis
 from simulator.kernel_time.model import KernelModel
 from simulator.kernel_time.rates import rates_of
-from simulator.kernel_time.registry import model_of
-from validate.batches import Batch, batches
+from validate.batches import batches
 from validate.fitting import Fit, Floats, Problem, fit, problem_of
 from validate.measurement import Measurement
 from validate.runs import digest
@@ -58,10 +58,15 @@ def calibrate(
     device_id: str,
     *,
     models: Iterable[str] | None = None,
+    donors: Sequence[Calibration] = (),
     on: datetime.date | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Calibration:
-    """Every kernel model that the rows of one device allow, without transfer residuals."""
+    """Every kernel model that the rows of one device allow, without transfer residuals.
+
+    With `donors` (calibrations of other devices), the constants they give are where the fit's
+    priors are centred: a few rows then move only what they speak of.
+    """
     mine = [r for r in rows if r.device_id == device_id]
     today = on or datetime.date.today()
     seconds = np.array([r.seconds or math.nan for r in mine], dtype=np.float64)
@@ -69,7 +74,8 @@ def calibrate(
     wanted = None if models is None else set(models)
     fitted: dict[str, ModelCalibration] = {}
     used: set[int] = set()
-    for problem in _components(problem_of(device_id, found, seconds)):
+    for part in components(problem_of(device_id, found, seconds)):
+        problem = with_prior(part, donors)
         names = {m.name for m in problem.models}
         if len(problem.rows) < MIN_ROWS or (wanted is not None and not names & wanted):
             continue
@@ -78,8 +84,10 @@ def calibrate(
         used |= set(problem.rows.tolist())
     if (wanted is None or general.MODEL.name in wanted) and found:
         progress(f"{device_id}: general")
-        fitted |= _general(problem_of(device_id, found, seconds, general.MODEL), mine, today)
-        used |= {int(i) for b in found for i in b.where}
+        problem = with_prior(problem_of(device_id, found, seconds, general.MODEL), donors)
+        if problem.batches and len(problem.rows) >= MIN_ROWS:
+            fitted |= _general(problem, mine, today)
+            used |= set(problem.rows.tolist())
     digests = sorted({short_digest(mine[i]) for i in used})
     return Calibration(
         device_id=device_id,
@@ -90,7 +98,44 @@ def calibrate(
     )
 
 
-def _components(problem: Problem) -> list[Problem]:
+def calibrate_all(
+    rows: Sequence[Measurement],
+    device_ids: Sequence[str],
+    *,
+    models: Sequence[str] | None = None,
+    donors: Sequence[Calibration] = (),
+) -> list[Calibration]:
+    """`calibrate` for several devices, side by side on the machine's cores."""
+    if len(device_ids) == 1:
+        return [calibrate(rows, device_ids[0], models=models, donors=donors)]
+    with ProcessPoolExecutor(max_workers=min(len(device_ids), os.cpu_count() or 1)) as pool:
+        done = [
+            pool.submit(
+                calibrate,
+                [r for r in rows if r.device_id == device_id],
+                device_id,
+                models=models,
+                donors=donors,
+            )
+            for device_id in device_ids
+        ]
+        return [future.result() for future in done]
+
+
+def with_prior(problem: Problem, donors: Sequence[Calibration]) -> Problem:
+    """The same problem with priors centred on what other devices' calibrations give this one."""
+    others = [c for c in donors if c.device_id != problem.device.id]
+    if not others:
+        return problem
+    prior = {
+        (model.name, name): value
+        for model in dict.fromkeys(problem.models)
+        for name, value in basis(problem.device, model, others).constants({}).items()
+    }
+    return replace(problem, prior=prior)
+
+
+def components(problem: Problem) -> list[Problem]:
     """Parts of a problem that share no model: models whose kernels run in one row stay together."""
     import networkx as nx
 
@@ -148,7 +193,7 @@ def _general(
 
 def cross_validated(problem: Problem, whole: Fit, rows: Sequence[Measurement]) -> Floats:
     """log(measured / predicted) of every row, predicted by a fit without its shape."""
-    folds = np.array([_fold(rows[i]) for i in problem.rows])
+    folds = np.array([fold(rows[i]) for i in problem.rows])
     errors = np.full(len(rows), np.nan)
     for number in range(FOLDS):
         held, kept = problem.rows[folds == number], problem.rows[folds != number]
@@ -159,10 +204,10 @@ def cross_validated(problem: Problem, whole: Fit, rows: Sequence[Measurement]) -
     return errors
 
 
-def _fold(row: Measurement) -> int:
+def fold(row: Measurement, folds: int = FOLDS) -> int:
     """The same for all rows of one shape, whoever timed them."""
     text = json.dumps([SEED, row.op, dict(row.params)], sort_keys=True)
-    return hashlib.sha256(text.encode()).digest()[0] % FOLDS
+    return hashlib.sha256(text.encode()).digest()[0] % folds
 
 
 def _regimes(problem: Problem, whole: Fit) -> Any:
@@ -226,64 +271,6 @@ def residuals_of(errors: Floats) -> Residuals:
         q90=conformal(0.9),
         quantiles=tuple(float(f"{q:.4g}") for q in np.quantile(errors, LEVELS)),
     )
-
-
-def predicted_seconds(
-    rows: Sequence[Measurement],
-    found: Sequence[Batch],
-    basis_of: Callable[[Batch, KernelModel], Basis],
-) -> Floats:
-    """Seconds of every row with the constants that `basis_of` gives each batch."""
-    total = np.zeros(len(rows))
-    for batch in found:
-        model = model_of(type(batch.op))
-        labels = model.labels(batch.op, batch.conditions)
-        constants = basis_of(batch, model).narrowed(labels).constants(labels)
-        rates = rates_of(catalog.device(batch.device_id))
-        time = model.time(batch.op, rates, constants, batch.conditions)
-        np.add.at(total, batch.where, np.broadcast_to(time.seconds, len(batch.where)))
-    return total
-
-
-def with_transfer(
-    calibrations: Sequence[Calibration], rows: Sequence[Measurement]
-) -> tuple[Calibration, ...]:
-    """Each file with the residuals of predicting its rows from other architectures only."""
-    done = []
-    for mine in calibrations:
-        family = kin(catalog.device(mine.device_id))
-        others = [c for c in calibrations if kin(catalog.device(c.device_id)) != family]
-        models = {
-            name: replace(entry, transfer=_transfer(mine.device_id, name, others, rows))
-            for name, entry in mine.models.items()
-        }
-        done.append(replace(mine, models=models))
-    return tuple(done)
-
-
-def _transfer(
-    device_id: str, name: str, others: Sequence[Calibration], rows: Sequence[Measurement]
-) -> Residuals | None:
-    """Residuals of one model's rows under the other architectures' constants."""
-    if not any(name in c.models for c in others):
-        return None
-    mine = [r for r in rows if r.device_id == device_id]
-    found, _ = batches(mine)
-    forced = general.MODEL if name == general.MODEL.name else None
-    chosen = [b for b in found if forced or model_of(type(b.op)).name == name]
-    if not chosen:
-        return None
-    device = catalog.device(device_id)
-    total = np.zeros(len(mine))
-    for batch in chosen:
-        model = forced or model_of(type(batch.op))
-        labels = model.labels(batch.op, batch.conditions)
-        constants = basis(device, model, others).narrowed(labels).constants(labels)
-        time = model.time(batch.op, rates_of(device), constants, batch.conditions)
-        np.add.at(total, batch.where, np.broadcast_to(time.seconds, len(batch.where)))
-    whole = np.flatnonzero(total > 0)
-    measured = np.array([mine[i].seconds for i in whole], dtype=np.float64)
-    return residuals_of(np.log(measured / total[whole]))
 
 
 def as_document(calibration: Calibration) -> dict[str, Any]:

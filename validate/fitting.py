@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,12 +57,17 @@ class Slot:
 
 @dataclass(frozen=True)
 class Problem:
-    """Rows of one device to fit: batches, their models, measured seconds by row."""
+    """Rows of one device to fit: batches, their models, measured seconds by row.
+
+    `prior` moves the centre of the prior of some constants away from their nominal start, to what
+    other devices gave.
+    """
 
     device: Device
     batches: tuple[Batch, ...]
     models: tuple[KernelModel, ...]
     seconds: Floats
+    prior: Mapping[Key, float] = field(default_factory=dict)
 
     @cached_property
     def rows(self) -> NDArray[np.intp]:
@@ -92,7 +97,7 @@ class Problem:
         """The free numbers: bases of fitted constants, then factors of labels that occur."""
         free = {k: c for k, c in self.constants.items() if c.fitted}
         bases = [
-            Slot(k, None, math.log(c.start), math.log(c.low), math.log(c.high), c.spread)
+            Slot(k, None, self._centre(k, c), math.log(c.low), math.log(c.high), c.spread)
             for k, c in free.items()
         ]
         found = {
@@ -104,6 +109,11 @@ class Problem:
         span = math.log(30.0)
         factors = [Slot(k, label, 0.0, -span, span, FACTOR_SPREAD) for k, label in sorted(found)]
         return (*bases, *factors)
+
+    def _centre(self, key: Key, constant: Constant) -> float:
+        """Where the prior of a base stands, within the bounds."""
+        value = self.prior.get(key, constant.start)
+        return math.log(min(max(value, constant.low), constant.high))
 
     def label(self, i: int, constant: Constant) -> str | None:
         """The factor key of a constant in batch i; None where a label is open."""
@@ -249,18 +259,3 @@ def _widths(problem: Problem, theta: Floats, use: NDArray[np.intp], spread: Floa
 def _digits(value: float) -> float:
     """Four significant digits: more would claim what no timing supports."""
     return float(f"{value:.4g}")
-
-
-def fitted_theta(problem: Problem, known: Mapping[str, Mapping[str, FittedConstant]]) -> Floats:
-    """The vector that stands for constants already in a file; unknown ones at their start."""
-    theta = np.array([s.start for s in problem.slots])
-    for n, slot in enumerate(problem.slots):
-        model, name = slot.key
-        constant: Any = known.get(model, {}).get(name)
-        if constant is None:
-            continue
-        if slot.label is None:
-            theta[n] = math.log(constant.value)
-        elif slot.label in constant.factors:
-            theta[n] = math.log(constant.factors[slot.label])
-    return theta

@@ -9,6 +9,7 @@ from typing import Final
 
 import numpy as np
 import plotly.graph_objects as go
+from numpy.typing import NDArray
 
 from cli.charts.picture import (
     FAINT,
@@ -27,7 +28,7 @@ from cli.charts.picture import (
 from cli.charts.plane import Plane, count_ticks, decades, spread
 from cli.quantity import count_text, scaled_text, seconds_text
 from cli.questions import Over
-from cli.series import Crossover, Series, caption
+from cli.series import Crossover, Series, caption, rungs_text
 from cli.wording import resource_text
 
 DASHES: Final = ("solid", "dash", "dot", "dashdot")
@@ -46,13 +47,17 @@ def figure(series: Sequence[Series], over: Over, crossings: Sequence[Crossover])
     """The sweep as a slide: log-log, lines labelled at their ends, crossovers ringed."""
     key = over.key
     x_low, x_high = spread(over.values, 1.12, 1.12)
-    y_low, y_high = spread(np.concatenate([s.seconds for s in series]), 2.2, 2.2)
+    ends = [t for s in series for t in (s.interval or (s.seconds,))]
+    y_low, y_high = spread(np.concatenate(ends), 2.2, 2.2)
     room = _label_room(series)
     plane = Plane(x_low=x_low, x_high=x_high, y_low=y_low, y_high=y_high, right_margin=room)
     fig = go.Figure()
     by = _colored_by(series)
     colors = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(_unique(series, by))}
     dashes = {name: DASHES[i % 4] for i, name in enumerate(_unique(series, "device_id"))}
+    for s in series:
+        if s.interval is not None:
+            fig.add_trace(_band(s, s.interval, colors[getattr(s, by)]))
     for s in series:
         fig.add_trace(_line(s, colors[getattr(s, by)], dashes[s.device_id]))
         fig.add_trace(_markers(s, key, colors[getattr(s, by)]))
@@ -98,6 +103,26 @@ def _line(s: Series, color: str, dash: str) -> go.Scatter:
     )
 
 
+def _band(
+    s: Series, interval: tuple[NDArray[np.float64], NDArray[np.float64]], color: str
+) -> go.Scatter:
+    """The 80 % interval as a pale area: out along the low ends, back along the high ones."""
+    order = np.argsort(s.values)
+    x = np.asarray(s.values, dtype=float)[order]
+    low, high = interval[0][order], interval[1][order]
+    return go.Scatter(
+        x=np.concatenate([x, x[::-1]]),
+        y=np.concatenate([low, high[::-1]]),
+        mode="lines",
+        line={"width": 0},
+        fill="toself",
+        fillcolor=color,
+        opacity=0.14,
+        hoverinfo="skip",
+        showlegend=False,
+    )
+
+
 def _markers(s: Series, key: str, color: str) -> go.Scatter:
     shown = _marked(s)
     texts = [_hover(s, i, key) for i in shown]
@@ -136,8 +161,16 @@ def _hover(s: Series, i: int, key: str) -> str:
     ]
     head = f"<b>{s.op_name}</b> on {s.device_id}<br>{key} = {s.values[i]:,}"
     moved = scaled_text(float(s.along(s.estimate.bytes_by_level["hbm"])[i]), "B")
-    time = f"{seconds_text(float(s.seconds[i]))}, bound by {resource_text(str(s.bound[i]))}"
+    time = f"{_time(s, i)}, bound by {resource_text(str(s.bound[i]))}"
     return "<br>".join([head, time, f"HBM traffic {moved}", *parts])
+
+
+def _time(s: Series, i: int) -> str:
+    text = seconds_text(float(s.seconds[i]))
+    if s.interval is None:
+        return text
+    low, high = (seconds_text(float(end[i])) for end in s.interval)
+    return f"{text} (80 %: {low} to {high})"
 
 
 def _legend(fig: go.Figure, series: Sequence[Series]) -> None:
@@ -297,8 +330,7 @@ def _title(series: Sequence[Series], key: str) -> str:
 
 def _footnote(series: Sequence[Series]) -> str:
     devices = {s.device_id: s.estimate.device for s in series}
-    rung = series[0].estimate.rung
     return (
-        f"Ridgeplan, {rung} rung: roofline lower bounds, a real kernel is slower.<br>"
+        f"Ridgeplan. {rungs_text(series)}.<br>"
         f"<span style='color:{FAINT}'>{source_line(list(devices.values()))}</span>"
     )

@@ -9,19 +9,23 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from cli import show
-from cli.options import AsJson, Params
+from cli.options import AsJson, Params, Rung
 from cli.quantity import digits, percent_text, scaled_text, seconds_text
 from cli.wording import resource_text
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from hwmodels.device import Device
     from simulator.estimate import Estimate
+    from workloads.op import Op
 
-RUNGS: Final = {
-    "bound": "roofline at peak rates, all resources overlapping .. none; "
+ROOFLINE: Final = (
+    "roofline at peak rates, all resources overlapping .. none; "
     "a real kernel is slower than the first and can exceed the second"
-}
+)
+LEAST_ELASTICITY: Final = 0.005
+"""Smallest elasticity worth a line."""
 
 
 def estimate(
@@ -32,12 +36,17 @@ def estimate(
         str, typer.Option("--device", "-d", metavar="NAME", help="A device, or a TOML file.")
     ],
     param: Params = None,
+    rung: Rung = "best",
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="How the time answers to each device figure.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """How long one op takes on one device, and what bounds it.
+    """How long one op takes on one device, how sure that is, and what bounds it.
 
-    Shows what the op computes and moves at every memory level, how long each of that takes at
-    the device's peak rates, and how far it is from what any algorithm could reach.
+    Shows the predicted time with its interval and where its constants come from, what the op
+    computes and moves at every memory level, how long each of that takes at the device's peak
+    rates, and how far it is from what any algorithm could reach.
 
     \b
     Examples:
@@ -51,11 +60,33 @@ def estimate(
 
     on = catalog.device(device)
     (op,) = ops_asked([name], param or []).values()
-    answer = ask(op, on=on)
+    answer = ask(op, on=on, rung=rung)
+    found = _elasticities(op, on) if sensitivity else {}
     if as_json:
-        show.print_json(record(answer))
-    else:
-        _show(answer, record(answer))
+        more = {"elasticities": found} if sensitivity else {}
+        show.print_json(record(answer) | more)
+        return
+    _show(answer, record(answer))
+    if sensitivity:
+        _show_sensitivity(found, on)
+
+
+def _elasticities(op: Op, on: Device) -> dict[str, float]:
+    """d ln T / d ln figure by the figure's path, those that matter first."""
+    from simulator.sensitivity import sensitivities
+
+    found = {s.path: float(s.elasticity) for s in sensitivities(op, on=on)}
+    return dict(sorted(found.items(), key=lambda item: -abs(item[1])))
+
+
+def _show_sensitivity(found: dict[str, float], on: Device) -> None:
+    out = show.console()
+    table = show.table("device figure", "1 % more changes the time by", right=("1 % more",))
+    for path, elasticity in found.items():
+        if abs(elasticity) >= LEAST_ELASTICITY:
+            table.add_row(path, f"{elasticity:+.2f} %")
+    out.print(table)
+    out.print(f"Figures of {on.id} not shown change it by less than {LEAST_ELASTICITY} %.")
 
 
 def params_text(params: dict[str, Any]) -> str:
@@ -73,24 +104,44 @@ def _show(e: Estimate, r: dict[str, Any]) -> None:
     out.print(f"{e.op.name} on {e.device.id} ({e.device.name})", style="bold")
     out.print(params_text(r["params"]))
     out.print()
-    time = f"{seconds_text(r['lower_s'])} .. {seconds_text(r['upper_s'])}"
-    out.print(
-        show.pairs(
-            [
-                ("Rung", f"{e.rung}: {RUNGS.get(e.rung, '')}"),
-                ("Time", f"{time}, bound by {resource_text(r['bound'])}"),
-            ]
-        )
-    )
+    out.print(show.pairs([*_time(e, r), *_bounds(e, r)]))
     out.print(_resources(e, r))
     source = r["sources"][r["bound"]]
     lines = _masked(r) + _reading(e, r)
     if e.unrated:
         left_out = f"{', '.join(e.unrated)}: {e.device.id} publishes no rate; left out"
         lines.append(("Unrated", left_out))
-    lines += [("Note", note) for note in e.notes]
+    basis = e.prediction.notes[:1] if e.prediction else ()
+    lines += [("Note", note) for note in e.notes if note not in basis]
     lines.append(("Source", f"{source['figure']}: {source['source']}"))
     out.print(show.pairs(lines))
+
+
+def _time(e: Estimate, r: dict[str, Any]) -> list[tuple[str, str]]:
+    """The predicted time: interval, terms, provenance; nothing on the bound rung."""
+    if e.prediction is None:
+        return []
+    ends = [seconds_text(r[k]) for k in ("low_80_s", "high_80_s", "low_90_s", "high_90_s")]
+    terms = [
+        f"{name} {seconds_text(float(t))}"
+        for name, t in sorted(r["terms_s"].items(), key=lambda item: -item[1])
+        if t > 0
+    ]
+    return [
+        ("Time", f"{seconds_text(r['seconds'])}; 80 % of kernels in {ends[0]} .. {ends[1]}, "
+                 f"90 % in {ends[2]} .. {ends[3]}"),
+        ("Rung", f"{e.rung}: {e.prediction.basis.describe()}"),
+        ("Terms", f"{', '.join(terms)} (they overlap)"),
+    ]  # fmt: skip
+
+
+def _bounds(e: Estimate, r: dict[str, Any]) -> list[tuple[str, str]]:
+    """The roofline beside it, or alone."""
+    span = f"{seconds_text(r['lower_s'])} .. {seconds_text(r['upper_s'])}"
+    text = f"{span}, bound by {resource_text(r['bound'])}"
+    if e.prediction is None:
+        return [("Rung", f"{e.rung}: {ROOFLINE}"), ("Time", text)]
+    return [("Roofline", f"{text}; the time is {digits(r['seconds'] / r['lower_s'])} x the first")]
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,7 @@ def roofline(
     from cli.questions import parse_over
     from cli.roofs import by_device, place_of, roofs_of
     from cli.series import ask_all
+    from simulator.estimate import BOUND
     from workloads import registry
 
     pictures = asked_for(html, out)
@@ -54,7 +55,7 @@ def roofline(
     swept = parse_over(over, [registry.resolve(name) for name in names]) if over else None
     if swept is not None and len(swept.values) > MAX_POINTS:
         raise InputError(f"--over has more than {MAX_POINTS} points; take a larger step")
-    series = by_device(ask_all(names, device, param or [], swept))
+    series = by_device(ask_all(names, device, param or [], swept, BOUND))
     if len(series) > MAX_DEVICES:
         raise InputError(f"{len(series)} devices in one picture; give at most {MAX_DEVICES}")
     panels = [

@@ -34,6 +34,7 @@ def sweep(
         ),
     ] = None,
     param: options.Params = None,
+    rung: options.Rung = "best",
     csv_file: Annotated[
         Path | None, typer.Option("--csv", metavar="FILE", help="Write every row to this CSV file.")
     ] = None,
@@ -68,7 +69,7 @@ def sweep(
     check_writable([f for f in (csv_file, parquet, *pictures) if f is not None])
     swept = parse_over(over, [registry.resolve(name) for name in names])
     with patience("estimating"):
-        series = ask_all(names, device or [DEFAULT_DEVICE], param or [], swept)
+        series = ask_all(names, device or [DEFAULT_DEVICE], param or [], swept, rung)
         crossings = crossovers(series)
     contents: dict[Path, bytes] = {}
     if csv_file is not None:
@@ -114,7 +115,8 @@ def columns_of(s: Series) -> dict[str, Any]:
     r = record(s.estimate)
     swept = dict.fromkeys(s.swept_fields, np.asarray(s.values))
     flat = {"op": s.op_name, "device": s.device_id, "rung": r["rung"], **s.fixed_params(), **swept}
-    flat |= {k: r[k] for k in ("seconds", "lower_s", "upper_s", "bound", "limit_s", "limit_frac")}
+    timed = ("seconds", "low_80_s", "high_80_s", "lower_s", "upper_s", "bound", "limit_s")
+    flat |= {k: r[k] for k in (*timed, "limit_frac")}
     work = dict(r["work"])
     for key in ("tensor_flops", "needed_tensor_flops"):
         flat |= {f"{key}_{d}": f for d, f in work.pop(key).items()}
@@ -166,6 +168,8 @@ def _parquet(series: Sequence[Series]) -> bytes:
 
 
 def _show(series: list[Series], over: Over, crossings: list[Crossover]) -> None:
+    from cli.series import rungs_text
+
     out = show.console()
     several_devices = len({s.device_id for s in series}) > 1
     picked = _picked_rows(len(over.values))
@@ -176,7 +180,7 @@ def _show(series: list[Series], over: Over, crossings: list[Crossover]) -> None:
         heads = [f"{s.op_name} {s.device_id}" if several_devices else s.op_name for s in group]
         table = show.table(over.key, *heads, right=(over.key,))
         for i in picked:
-            cells = [f"{seconds_text(float(s.seconds[i]))}  {s.bound[i]}" for s in group]
+            cells = [f"{_time_text(s, i)}  {s.bound[i]}" for s in group]
             table.add_row(f"{over.values[i]:,}", *cells)
         out.print(table)
     if len(picked) < len(over.values):
@@ -186,7 +190,15 @@ def _show(series: list[Series], over: Over, crossings: list[Crossover]) -> None:
             f"From {over.key} = {c.value:,.0f} on, {c.faster} is faster than {c.slower} "
             f"on {c.device}"
         )
-    out.print(f"Rung {series[0].estimate.rung}: roofline lower bounds; real kernels are slower.")
+    out.print(f"{rungs_text(series)}.")
+
+
+def _time_text(s: Series, i: int) -> str:
+    """The time, and on a predicting rung how far it may be off: '1.2 ms ±8%'."""
+    text = seconds_text(float(s.seconds[i]))
+    if s.interval is None:
+        return text
+    return f"{text} ±{(float(s.interval[1][i]) / float(s.seconds[i]) - 1) * 100:.0f}%"
 
 
 def _picked_rows(number: int) -> list[int]:

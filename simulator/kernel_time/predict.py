@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -12,7 +12,7 @@ import numpy as np
 from hwmodels.calibration import Calibration, Residuals
 from hwmodels.device import Device
 from simulator.kernel_time.basis import NOMINAL_Q80, NOMINAL_Q90, Basis, basis, remembered
-from simulator.kernel_time.model import USUAL, Conditions, KernelModel, KernelTime
+from simulator.kernel_time.model import USUAL, Conditions, KernelModel
 from simulator.kernel_time.rates import rates_of
 from simulator.kernel_time.registry import model_of
 from workloads.numeric import Num
@@ -29,16 +29,20 @@ class Prediction:
     """One op's time on one device. Seconds broadcast over the op's arrays.
 
     `rung` is 'calibrated' where constants were fitted (here or on the device's donors), 'model'
-    where they are nominal. `half_80`, `half_90` are half widths of the interval in log time.
+    where they are nominal. `half_80`, `half_90` are half widths of the interval in log time;
+    `terms` the parts of the time, `regime` the name of the largest; `known` says whether some
+    donor had rows of this kernel and format.
     """
 
     seconds: Num
     half_80: Num
     half_90: Num
-    terms: Any
+    terms: Mapping[str, Num]
+    regime: Any
     rung: str
     model: str
     basis: Basis
+    known: bool
     notes: tuple[str, ...] = ()
 
     def interval(self, level: int = 80) -> tuple[Num, Num]:
@@ -63,22 +67,24 @@ def predict(
     labels = model.labels(op, conditions)
     found = basis(on, model, calibrations).narrowed(labels)
     time = model.time(op, _rates(on), found.constants(labels), conditions)
-    half_80, half_90 = _halves(found, time, known=found.knows(labels))
+    known, regime = found.knows(labels), time.regime()
+    half_80, half_90 = _halves(found, regime, known=known)
     return Prediction(
         seconds=time.seconds,
         half_80=half_80,
         half_90=half_90,
         terms=time.terms,
+        regime=regime,
         rung=CALIBRATED if found.calibrated else MODEL,
         model=model.name,
         basis=found,
-        notes=_notes(model, found, known=found.knows(labels)),
+        known=known,
+        notes=_notes(model, found, known=known),
     )
 
 
-def _halves(found: Basis, time: KernelTime, *, known: bool) -> tuple[Num, Num]:
+def _halves(found: Basis, regimes: Any, *, known: bool) -> tuple[Num, Num]:
     """Half widths by regime; an array of regimes is looked up name by name."""
-    regimes = time.regime()
     if isinstance(regimes, str):
         return _half_pair(found.residuals(regimes, known=known))
     q80, q90 = np.empty(regimes.shape), np.empty(regimes.shape)

@@ -1,0 +1,38 @@
+"""Measured rows from the command line: what could not be believed is counted on stderr."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cli.quantity import shown
+from hwmodels.errors import InputError
+
+if TYPE_CHECKING:
+    from validate.measurement import Readings
+
+
+def read_all(path: Path, family: str | None = None) -> Readings:
+    """All readable files; the unreadable ones are named on stderr unless there are no others."""
+    from validate.measurement import Readings, csv_files, read
+
+    readings, errors = Readings(), []
+    for file in csv_files(path, family):
+        try:
+            readings += read(file)
+        except InputError as error:
+            errors.append(str(error))
+    if not readings.rows and not readings.refused:
+        more = f" (and {len(errors) - 1} more such files)" if len(errors) > 1 else ""
+        raise InputError(f"{errors[0]}{more}")
+    for message in errors:
+        print(f"ridgeplan: warning: left out: {shown(message, 2000)}", file=sys.stderr)
+    if readings.refused:
+        first = readings.refused[0]
+        print(
+            f"ridgeplan: warning: refused {len(readings.refused)} rows; the first is "
+            f"{shown(first.file, 200)}, line {first.line}: {shown(first.reason, 200)}",
+            file=sys.stderr,
+        )
+    return readings
