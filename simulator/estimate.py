@@ -146,7 +146,10 @@ def estimate(
     bound = _bound(op, on)
     if rung == BOUND:
         return bound
-    found = predict(op, on=on, conditions=conditions, calibrations=calibrations)
+    try:
+        found = predict(op, on=on, conditions=conditions, calibrations=calibrations)
+    except UnsupportedError as why:
+        return replace(bound, notes=(*bound.notes, f"no prediction beyond the bound: {why}"))
     return replace(bound, rung=found.rung, prediction=found, notes=(*bound.notes, *found.notes))
 
 

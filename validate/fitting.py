@@ -100,15 +100,23 @@ class Problem:
             Slot(k, None, self._centre(k, c), math.log(c.low), math.log(c.high), c.spread)
             for k, c in free.items()
         ]
-        found = {
-            (key, label)
-            for i, model in enumerate(self.models)
-            for c in model.all_constants()
-            if (key := (model.name, c.name)) in free and (label := self.label(i, c)) is not None
-        }
         span = math.log(30.0)
-        factors = [Slot(k, label, 0.0, -span, span, FACTOR_SPREAD) for k, label in sorted(found)]
+        factors = [
+            Slot(key, label, 0.0, -span, span, FACTOR_SPREAD)
+            for key in sorted(free)
+            if len(self.seen[key]) > 1  # a lone label is the base itself
+            for label in sorted(filter(None, self.seen[key]))
+        ]
         return (*bases, *factors)
+
+    @cached_property
+    def seen(self) -> Mapping[Key, frozenset[str | None]]:
+        """The labels under which each constant is used; None where a label is left open."""
+        found: dict[Key, set[str | None]] = {}
+        for i, model in enumerate(self.models):
+            for c in model.all_constants():
+                found.setdefault((model.name, c.name), set()).add(self.label(i, c))
+        return {key: frozenset(labels) for key, labels in found.items()}
 
     def _centre(self, key: Key, constant: Constant) -> float:
         """Where the prior of a base stands, within the bounds."""
@@ -125,6 +133,12 @@ class Problem:
         """Where each free number stands in the vector."""
         return {(s.key, s.label): n for n, s in enumerate(self.slots)}
 
+    def places(self, i: int, constant: Constant) -> list[int]:
+        """Where the numbers stand whose sum is a constant's logarithm in batch i."""
+        key = (self.models[i].name, constant.name)
+        slots = dict.fromkeys(((key, None), (key, self.label(i, constant))))
+        return [self.index[slot] for slot in slots if slot in self.index]
+
     def values(self, i: int, theta: Floats) -> dict[str, float]:
         """The constants of batch i; never outside their bounds, factor included."""
         model = self.models[i]
@@ -134,10 +148,7 @@ class Problem:
             if (key, None) not in self.index:
                 found[c.name] = c.start
                 continue
-            total = theta[self.index[key, None]]
-            label = self.label(i, c)
-            if label is not None:
-                total += theta[self.index[key, label]]
+            total = sum(theta[n] for n in self.places(i, c))
             found[c.name] = min(max(math.exp(total), c.low), c.high)
         return found
 
@@ -165,18 +176,18 @@ class Problem:
                 moved = {**values, c.name: values[c.name] * (1 + sign * STEP)}
                 time = model.time(batch.op, rates, moved, batch.conditions).seconds
                 slope = (time - base) / (sign * STEP) / total[batch.where]
-                for label in {None, self.label(i, c)}:
-                    np.add.at(found, (batch.where, self.index[key, label]), slope)
+                for n in self.places(i, c):
+                    np.add.at(found, (batch.where, n), slope)
         return found
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """The outcome: the vector, and by slot the share of its prior's width that is left."""
+    """The outcome: the vector, and the covariance of its posterior."""
 
     problem: Problem
     theta: Floats
-    width_frac: Floats
+    covariance: Floats
 
     def constants(self, model: KernelModel) -> dict[str, FittedConstant]:
         """What a calibration file says of one model's constants."""
@@ -188,21 +199,30 @@ class Fit:
             if not c.fitted:
                 found[c.name] = FittedConstant(value=c.start, status="fixed", factors={})
                 continue
-            n = self.problem.index[key, None]
-            factors = {
-                slot.label: _digits(math.exp(self.theta[m]))
-                for m, slot in enumerate(self.problem.slots)
-                if slot.key == key and slot.label is not None
-            }
-            value = _digits(math.exp(self.theta[n]))
-            found[c.name] = FittedConstant(value=value, status=self._status(n), factors=factors)
+            slots = {s.label: n for n, s in enumerate(self.problem.slots) if s.key == key}
+            base = slots.pop(None)
+            found[c.name] = FittedConstant(
+                value=_digits(math.exp(self.theta[base])),
+                status=self._status(base, list(slots.values())),
+                factors={
+                    label: _digits(math.exp(self.theta[slots[label]])) if label in slots else 1.0
+                    for label in sorted(filter(None, self.problem.seen[key]))
+                },
+            )
         return found
 
-    def _status(self, n: int) -> str:
-        slot, value = self.problem.slots[n], self.theta[n]
+    def _status(self, base: int, factors: Sequence[int]) -> str:
+        """A constant is learned where its value is, under the label that pins it best."""
+        slot, value = self.problem.slots[base], self.theta[base]
         if min(value - slot.low, slot.high - value) < AT_BOUND:
             return "at bound"
-        return "unidentified" if self.width_frac[n] > UNIDENTIFIED else "fitted"
+        share = min(self._width_frac([base, *factor]) for factor in ([], *([f] for f in factors)))
+        return "unidentified" if share > UNIDENTIFIED else "fitted"
+
+    def _width_frac(self, places: list[int]) -> float:
+        """Posterior over prior standard deviation of the sum of some slots."""
+        prior = sum(self.problem.slots[n].spread ** 2 for n in places)
+        return math.sqrt(self.covariance[np.ix_(places, places)].sum() / prior)
 
 
 def problem_of(
@@ -246,14 +266,14 @@ def fit(problem: Problem, rows: NDArray[np.intp] | None = None, start: Floats | 
         residuals, first, slopes, bounds=(low, high), loss="soft_l1", f_scale=SCALE,
         max_nfev=60, ftol=1e-5, xtol=1e-4,
     )  # fmt: skip
-    return Fit(problem, found.x, _widths(problem, found.x, use, spread))
+    return Fit(problem, found.x, _covariance(problem, found.x, use, spread))
 
 
-def _widths(problem: Problem, theta: Floats, use: NDArray[np.intp], spread: Floats) -> Floats:
-    """Posterior over prior standard deviation of every slot, at the loss's own scale."""
+def _covariance(problem: Problem, theta: Floats, use: NDArray[np.intp], spread: Floats) -> Floats:
+    """Posterior covariance of the slots, at the loss's own scale."""
     slopes = problem.jacobian(theta, problem.predicted(theta))[use] / SCALE
-    precision = slopes.T @ slopes + np.diag(1 / spread**2)
-    return np.sqrt(np.diag(np.linalg.inv(precision))) / spread
+    found: Floats = np.linalg.inv(slopes.T @ slopes + np.diag(1 / spread**2))
+    return found
 
 
 def _digits(value: float) -> float:

@@ -97,7 +97,7 @@ class Basis:
                 if key in f.factors
             ]
         values = known or [f.value for f in fitted] or [constant.start]
-        return math.exp(fmean(math.log(v) for v in values))
+        return values[0] if len(values) == 1 else math.exp(fmean(map(math.log, values)))
 
     def knows(self, labels: Mapping[str, str]) -> bool:
         """Does some donor have a factor for every label that the run states?"""

@@ -159,7 +159,7 @@ def _compute(
     else:
         tiles = rounds * (loop + epilogue)
     sums = c["split_s"] + 8 * s * batch * m * n / (c["sum_bytes_per_clk"] * r.sm_clocks_per_s)
-    busy_sms = np.minimum(blocks, np.real(r.num_sms))
+    busy_sms = np.minimum(blocks, r.num_sms)
     ragged = c["spread_s"] / 3 * np.log2(np.maximum(1.0, busy_sms / 16))
     return tiles, np.where(s > 1, sums, 0.0) + ragged
 

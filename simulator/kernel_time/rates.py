@@ -23,6 +23,9 @@ SPECIAL_OPS_PER_CLK: Final = 16.0
 """Special-function results per clock and SM where a device states none: the figure of every
 NVIDIA data-centre part since Volta (CUDA C++ programming guide, arithmetic throughput)."""
 
+UNITS: Final = ("SM", "CU")
+"""What a device must be built of for tiles, waves and thread blocks to make sense."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
@@ -97,6 +100,11 @@ PATHS: Final = {
 def rates_of(device: Device) -> Rates:
     """The figures of a device; raises `UnsupportedError` where it has no rated device memory."""
     memory = device.hbm
+    if device.sm_unit not in UNITS:
+        raise UnsupportedError(
+            f"{device.id} is built of {device.sm_unit}s: kernel models know {' and '.join(UNITS)}s; "
+            "ask for the bound rung"
+        )
     if memory.bytes_per_s is None or len(device.memory) < 2:
         raise UnsupportedError(
             f"{device.id} has no memory hierarchy with a rated device memory; "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Final
 
-from hwmodels.errors import UnknownNameError
+from hwmodels.errors import InputError
 from simulator.kernel_time import gemm, general
 from simulator.kernel_time.model import KernelModel
 from workloads.op import Op
@@ -34,4 +34,5 @@ def model(name: str) -> KernelModel:
     for found in MODELS:
         if found.name == name:
             return found
-    raise UnknownNameError("kernel model", name, [m.name for m in MODELS])
+    known = ", ".join(m.name for m in MODELS)
+    raise InputError(f"unknown kernel model '{name}'; it is one of {known}")

@@ -19,6 +19,7 @@ from cli.main import main
 from cli.questions import Over, parse_over
 from cli.roofs import by_device, place_of, roofs_of
 from cli.series import Series, ask_all, crossovers
+from simulator.estimate import BOUND
 
 PARAMS = ("heads=32", "batch=1", "dim=128", "channels=4096")
 OPS = ("mamba_scan", "flash_attention_2", "attention")
@@ -32,7 +33,7 @@ def over() -> Over:
 
 @pytest.fixture(scope="module")
 def series(over: Over) -> list[Series]:
-    return ask_all(OPS, ["h100-sxm"], PARAMS, over)
+    return ask_all(OPS, ["h100-sxm"], PARAMS, over, BOUND)
 
 
 def test_a_sweep_draws_its_seconds_and_rings_its_crossovers(
@@ -50,7 +51,7 @@ def test_a_sweep_draws_its_seconds_and_rings_its_crossovers(
     assert len(rings) == 2
     texts = " ".join(a.text for a in fig.layout.annotations)
     assert all(name in texts for name in OPS)
-    assert "bound rung" in texts and "aiconfigurator" in texts
+    assert "Rung bound" in texts and "aiconfigurator" in texts
     assert fig.layout.xaxis.type == fig.layout.yaxis.type == "log"
 
 
@@ -70,7 +71,7 @@ def test_a_roofline_draws_every_roof_and_every_op(
     devices: list[str], swept: bool, over: Over
 ) -> None:
     params = PARAMS if swept else (*PARAMS, "seq=8k")
-    found = by_device(ask_all(OPS, devices, params, over if swept else None))
+    found = by_device(ask_all(OPS, devices, params, over if swept else None, BOUND))
     panels = [
         (roofs_of(s[0].estimate.device, s), [place_of(one) for one in s]) for s in found.values()
     ]

@@ -36,11 +36,18 @@ def test_estimate(capsys: pytest.CaptureFixture[str]) -> None:
         "version", "op", "params", "device", "rung", "seconds", "lower_s", "upper_s", "bound",
         "seconds_by_resource", "bytes_by_level", "work", "compulsory_bytes",
         "io_lower_bound_bytes", "limit_s", "limit_frac", "unrated", "notes", "sources",
+        "low_80_s", "high_80_s", "low_90_s", "high_90_s", "terms_s", "regime", "calibration",
     }  # fmt: skip
     assert found["params"] == {
         "m": 1234, "n": 4097, "k": 777, "batch": 1, "dtype": "bf16", "out_dtype": None,
     }  # fmt: skip
-    assert found["seconds"] == found["lower_s"] == e.lower_s
+    assert found["rung"] == "calibrated" and found["seconds"] == e.seconds > e.lower_s
+    assert (found["low_80_s"], found["high_80_s"]) == e.interval(80)
+    assert found["low_90_s"] < found["low_80_s"] < found["seconds"] < found["high_80_s"]
+    assert found["calibration"]["devices"] == ["h100-sxm"]
+    assert found["calibration"]["scope"] == "own" and found["calibration"]["num_rows"] > 500
+    assert found["regime"] in found["terms_s"]
+    assert found["lower_s"] == e.lower_s
     assert found["upper_s"] == e.upper_s
     assert found["bound"] == e.bound
     assert found["seconds_by_resource"] == dict(e.seconds_by_resource)

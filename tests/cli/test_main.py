@@ -15,6 +15,7 @@ from cli import __version__
 from cli import main as main_module
 from cli.main import main
 from tests.cli.running import ROOT, python, ridgeplan
+from tests.synthetic import gemm_rows, write_rows
 
 HEAVY = {"numpy", "plotly", "networkx", "scipy", "pulp", "pandas", "torch", "kaleido"}
 MATMUL = ("matmul", "-p", "m=64", "-p", "n=64", "-p", "k=64")
@@ -70,6 +71,9 @@ def test_the_examples_in_the_help_work(
 ) -> None:  # fmt: skip
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     shutil.copy(ROOT / "hwmodels" / "data" / "devices" / "h100-sxm.toml", tmp_path / "my-gpu.toml")
+    for name in ("measured", "calibrations"):
+        (tmp_path / name).mkdir()
+    write_rows(tmp_path / "measured" / "kernels_gemm.csv", gemm_rows(count=120))
     monkeypatch.chdir(tmp_path)
     assert main(shlex.split(example)[1:]) == 0
     out, err = capsys.readouterr()

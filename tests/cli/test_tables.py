@@ -66,7 +66,7 @@ def test_an_estimate_names_its_rung_its_bound_and_its_source(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["estimate", "matmul", "-p", "m=8192", "-p", "n=8192", "-p", "k=8192",
-                 "-d", "h100-sxm"]) == 0  # fmt: skip
+                 "-d", "h100-sxm", "--rung", "bound"]) == 0  # fmt: skip
     out = capsys.readouterr().out
     # 2 * 8192^3 / 989.4e12 = 1.111 ms
     assert "1.11 ms .. " in out
@@ -78,6 +78,26 @@ def test_an_estimate_names_its_rung_its_bound_and_its_source(
         assert part in out, part
 
 
+def test_a_prediction_names_its_interval_its_donor_and_its_distance_from_the_roofline(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sizes = ("-p", "m=8192", "-p", "n=8192", "-p", "k=8192")
+    assert main(["estimate", "matmul", *sizes, "-d", "h200-sxm", "--sensitivity"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"Time [\d.]+ ms; 80 % of kernels in [\d.]+ ms \.\. [\d.]+ ms, 90 %", out)
+    assert "calibrated: borrowed from h100-sxm: same architecture" in out
+    assert re.search(r"Roofline 1\.11 ms .. [\d.]+ ms, bound by tensor units; the time is 1\.", out)
+    assert re.search(r"tensor_flops_per_s -0\.\d\d %", out)
+
+
+def test_a_device_that_is_no_gpu_gets_its_bound_and_the_reason(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["estimate", *FLASH, "-d", "tpu-v4"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "bound: roofline" in out and "no prediction beyond the bound: tpu-v4" in out
+
+
 def test_no_share_of_the_bound_is_above_100_percent(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["estimate", *FLASH, "-p", "causal=true", "-d", "h100-sxm"]) == 0
     out = capsys.readouterr().out
@@ -85,7 +105,8 @@ def test_no_share_of_the_bound_is_above_100_percent(capsys: pytest.CaptureFixtur
     assert len(shares) == 6
     assert max(shares) == 100
     assert re.search(r"Tiles +compute \d[.\d]* % more, masked out", out)
-    assert "can exceed the second" in " ".join(out.split())
+    assert main(["estimate", *FLASH, "-d", "h100-sxm", "--rung", "bound"]) == 0
+    assert "can exceed the second" in " ".join(capsys.readouterr().out.split())
     assert main(["estimate", *FLASH, "-d", "h100-sxm"]) == 0
     assert "Tiles" not in capsys.readouterr().out
 
