@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from cli.questions import Over
     from simulator.estimate import Estimate
 
+MOST_CHANCES = 2000
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Series:
@@ -97,16 +99,47 @@ def rungs_text(series: Sequence[Series]) -> str:
     """What the times stand on, in a sentence without its full stop."""
     if all(s.estimate.prediction is None for s in series):
         return "Rung bound: roofline lower bounds; real kernels are slower"
-    made = {s.estimate.prediction.basis.describe() for s in series if s.estimate.prediction}
-    general = sorted({s.op_name for s in series if _general(s)})
-    more = f"; {', '.join(general)}: the general path, from counts alone" if general else ""
+    said: dict[str, dict[str, None]] = {}
+    for s in series:
+        said.setdefault(_basis_text(s), {})[s.device_id] = None
+    parts = [f"{', '.join(devices)}: {text}" for text, devices in said.items()]
     rungs = "/".join(sorted({s.estimate.rung for s in series}))
-    return f"Rung {rungs}, 80 % intervals: {'; '.join(sorted(made))}{more}"
+    return f"Rung {rungs}, with 80 % intervals. {'; '.join(parts)}"
 
 
-def _general(series: Series) -> bool:
+def faster_frac(series: Sequence[Series]) -> NDArray[np.float64] | None:
+    """Probability at every value that the first of two series is the faster, else None.
+
+    Errors of different kernels are drawn independently, those of one kernel are shared. A sweep of
+    more than `MOST_CHANCES` values has too many samples and gets none.
+    """
+    from simulator.uncertainty import samples
+
+    if len(series) != 2 or len(series[0].values) > MOST_CHANCES:
+        return None
+    first, second = (s.estimate.prediction for s in series)
+    if first is None or second is None:
+        return None
+    a, b = (
+        samples(p, key=f"{s.op_name} on {s.device_id}")
+        for p, s in zip((first, second), series, strict=True)
+    )
+    return series[0].along(a.faster_frac(b))
+
+
+def _basis_text(series: Series) -> str:
+    """Whose constants a series stands on, in a few words."""
     found = series.estimate.prediction
-    return found is not None and found.model == "general"
+    if found is None:
+        return "the bound alone"
+    donors = [d.device_id for d in found.basis.donors]
+    text = {
+        "own": "own calibration",
+        "architecture": f"calibration of {', '.join(donors)}, same architecture",
+        "mean": f"mean of {len(donors)} other architectures",
+        "nominal": "nominal constants, never calibrated",
+    }[found.basis.scope]
+    return f"{text}, general path for {series.op_name}" if found.model == "general" else text
 
 
 def _told(series: Series) -> dict[str, str]:

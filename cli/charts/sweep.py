@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import Final
 
@@ -41,6 +42,7 @@ MARK_SIZES: Final = {"triangle-up": 14, "triangle-down": 14, "diamond": 13}
 MARK_SIZE: Final = 11
 MOST_MARKERS: Final = 25
 MOST_CROSSINGS: Final = 8
+FOOTNOTE_CHARS: Final = 170
 
 
 def figure(series: Sequence[Series], over: Over, crossings: Sequence[Crossover]) -> go.Figure:
@@ -330,7 +332,8 @@ def _title(series: Sequence[Series], key: str) -> str:
 
 def _footnote(series: Sequence[Series]) -> str:
     devices = {s.device_id: s.estimate.device for s in series}
+    lines = textwrap.wrap(f"Ridgeplan. {rungs_text(series)}.", FOOTNOTE_CHARS)
     return (
-        f"Ridgeplan. {rungs_text(series)}.<br>"
+        f"{'<br>'.join(lines[:2])}{' ...' if len(lines) > 2 else ''}<br>"
         f"<span style='color:{FAINT}'>{source_line(list(devices.values()))}</span>"
     )

@@ -99,10 +99,13 @@ def _pictures(html: Path | None, out: Path | None) -> list[Path]:
 
 
 def _document(series: list[Series], over: Over, crossings: list[Crossover]) -> dict[str, Any]:
+    from cli.series import faster_frac
+
     return {
         "over": {"param": over.key, "values": over.values},
         "series": [s.document() for s in series],
         "crossovers": crossings,
+        "first_faster_frac": faster_frac(series),
     }
 
 
@@ -168,7 +171,7 @@ def _parquet(series: Sequence[Series]) -> bytes:
 
 
 def _show(series: list[Series], over: Over, crossings: list[Crossover]) -> None:
-    from cli.series import rungs_text
+    from cli.series import faster_frac, rungs_text
 
     out = show.console()
     several_devices = len({s.device_id for s in series}) > 1
@@ -178,9 +181,12 @@ def _show(series: list[Series], over: Over, crossings: list[Crossover]) -> None:
         out.print(f"{s.op_name} on {s.device_id}: {fixed}")
     for group in _groups(series):
         heads = [f"{s.op_name} {s.device_id}" if several_devices else s.op_name for s in group]
-        table = show.table(over.key, *heads, right=(over.key,))
+        chance = faster_frac(series)
+        last = () if chance is None else ("first faster",)
+        table = show.table(over.key, *heads, *last, right=(over.key, *last))
         for i in picked:
             cells = [f"{_time_text(s, i)}  {s.bound[i]}" for s in group]
+            cells += [] if chance is None else [f"{chance[i] * 100:.0f} %"]
             table.add_row(f"{over.values[i]:,}", *cells)
         out.print(table)
     if len(picked) < len(over.values):

@@ -139,6 +139,8 @@ def test_sweep_equals_single_estimates(capsys: pytest.CaptureFixture[str]) -> No
     assert found["over"] == {"param": "m", "values": [2**i for i in range(13)]}
     assert [s["device"] for s in found["series"]] == ["h100-sxm", "t4"]
     assert found["crossovers"] == []
+    chance = found["first_faster_frac"]  # an H100 against a T4: no doubt where it matters
+    assert len(chance) == 13 and all(0 <= p <= 1 for p in chance) and chance[-1] > 0.95
     for series in found["series"]:
         assert "m" not in series["params"]
         for i, m in enumerate(found["over"]["values"]):
