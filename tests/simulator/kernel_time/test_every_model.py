@@ -1,0 +1,166 @@
+"""What every kernel model owes, for every op of the catalogue: order, bounds, constants."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hwmodels import catalog
+from hwmodels.dtypes import BF16, FP16
+from simulator.estimate import BOUND, estimate
+from simulator.kernel_time.basis import basis
+from simulator.kernel_time.model import REPLAYED, ROTATED, USUAL, Conditions, KernelModel
+from simulator.kernel_time.predict import predict
+from simulator.kernel_time.rates import PATHS, rates_of
+from simulator.kernel_time.registry import MODELS, model_of
+from tests.simulator.test_estimate import small
+from workloads import registry
+from workloads.op import Op
+
+DEVICES = ("h100-sxm", "a100-sxm4-80gb", "b200-sxm", "rtx-pro-6000-blackwell-server", "mi300x")
+RATES = [field for field in PATHS if field != "num_sms"]
+"""More SMs at the same peak are smaller SMs: no rate."""
+
+
+def sizes(op: Op) -> Iterator[tuple[str, float]]:
+    """The op's sizes that may grow: whole numbers that are neither flags nor fractions."""
+    for f in dataclasses.fields(op):
+        value = getattr(op, f.name)
+        if (
+            "Num" in str(f.type)
+            and isinstance(value, (int, float))
+            and not f.name.endswith("_frac")
+        ):
+            yield f.name, value
+
+
+def seconds(op: Op, device: str, **rates: float) -> float:
+    on, model = catalog.device(device), model_of(type(op))
+    constants = basis(on, model).constants(model.labels(op, USUAL))
+    whole = rates_of(on)
+    moved = {name: getattr(whole, name) * factor for name, factor in rates.items()}
+    return float(model.time(op, dataclasses.replace(whole, **moved), constants, USUAL).seconds)
+
+
+@pytest.mark.parametrize("name", registry.names())
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_cold_kernel_is_never_faster_than_its_bound(name: str, device: str) -> None:
+    on = catalog.device(device)
+    for scale in (1, 3, 16, 64):
+        op = grown(small(name), scale)
+        found = predict(op, on=on)
+        assert found.seconds >= estimate(op, on=on, rung=BOUND).lower_s * (1 - 1e-9), (op, scale)
+        low, high = found.interval(80)
+        assert 0 < low < found.seconds < high
+
+
+def grown(op: Op, factor: int) -> Op:
+    """The op with its first size that may grow multiplied."""
+    for name, value in sizes(op):
+        try:
+            return op.over(**{name: value * factor})
+        except Exception:
+            continue
+    return op
+
+
+@pytest.mark.parametrize("name", registry.names())
+@pytest.mark.parametrize("device", ["h100-sxm", "rtx-pro-6000-blackwell-server"])
+def test_no_rate_makes_a_kernel_slower(name: str, device: str) -> None:
+    for scale in (1, 64):
+        op = grown(small(name), scale)
+        before = seconds(op, device)
+        for rate in RATES:
+            assert seconds(op, device, **{rate: 1.3}) <= before * (1 + 1e-9), (rate, op)
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_no_size_makes_a_kernel_faster(name: str) -> None:
+    from hwmodels.errors import InputError
+
+    op = small(name)
+    moved = 0
+    for field, value in sizes(op):
+        times = []
+        for factor in (1, 2, 4, 8, 16):
+            try:
+                times.append(seconds(op.over(**{field: value * factor}), "h100-sxm"))
+            except InputError:  # a size of a fixed kind (heads per group, a power of two)
+                break
+        assert all(a <= b * (1 + 1e-9) for a, b in pairwise(times)), field
+        moved += len(times) > 1
+    assert moved
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_arrays_agree_with_scalars(name: str) -> None:
+    op = small(name)
+    field, value = next(sizes(op))
+    several = np.array([value, value * 2, value * 8], dtype=np.float64)
+    on = catalog.device("h100-sxm")
+    many = predict(op.over(**{field: several}), on=on)
+    for i, one in enumerate(several):
+        alone = predict(op.over(**{field: one}), on=on)
+        assert np.asarray(many.seconds)[i] == pytest.approx(alone.seconds, rel=1e-12)
+        assert np.broadcast_to(many.regime, 3)[i] == alone.regime
+        assert np.broadcast_to(many.half_80, 3)[i] == alone.half_80
+
+
+class Reads(dict[str, float]):
+    """Constants that remember which of them were asked for."""
+
+    def __init__(self, values: dict[str, float]) -> None:
+        super().__init__(values)
+        self.asked: set[str] = set()
+
+    def __getitem__(self, key: str) -> float:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+
+def asked_for() -> dict[str, set[str]]:
+    """By model, the constants that some op under some conditions reads."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for name in registry.names():
+        for dtype in (BF16, FP16):
+            op = small(name, dtype)
+            for l2 in ("cold", REPLAYED, ROTATED):
+                model = model_of(type(op))
+                reads = Reads(model.nominal())
+                model.time(op, rates_of(catalog.device("h100-sxm")), reads, Conditions(l2=l2))
+                found[model.name] |= reads.asked
+    return found
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda m: m.name)
+def test_constants_are_declared_once_with_unit_and_meaning(model: KernelModel) -> None:
+    names = [c.name for c in model.all_constants()]
+    assert len(names) == len(set(names))
+    known: dict[str, Any] = model.nominal()
+    for c in model.constants:
+        assert len(c.meaning) > 8 and c.unit and c.source
+        assert c.low <= known[c.name] <= c.high
+        assert c.fitted or c.source != "fit", f"{c.name} is fixed and names no source"
+        if c.name.endswith("_frac"):
+            assert c.high <= 1, c.name
+        if c.name.endswith("_s"):
+            assert c.unit == "s", c.name
+
+
+def test_no_model_of_the_catalogue_declares_a_constant_it_never_reads() -> None:
+    found = asked_for()
+    for model in MODELS:
+        if model.name in found:
+            assert {c.name for c in model.constants} == found[model.name], model.name
+
+
+def test_names_are_unique() -> None:
+    assert len({m.name for m in MODELS}) == len(MODELS)
+    every = [op for m in MODELS for op in m.ops]
+    assert len(every) == len(set(every))
