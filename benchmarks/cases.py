@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from hwmodels import catalog
-from simulator.estimate import estimate
+from simulator.estimate import BOUND, estimate
+from simulator.kernel_time.predict import predict
 from simulator.memory import training_memory
 from simulator.planners.parallelism import plan_parallelism, plan_space
 from simulator.recipe import RECIPES
@@ -84,8 +85,8 @@ def cases() -> list[Case]:
             bar_s=0.8,
         ),
         Case(
-            name="estimate, one shape",
-            run=lambda: [estimate(one, on=h100).lower_s for _ in range(1000)],
+            name="bound, one shape",
+            run=lambda: [estimate(one, on=h100, rung=BOUND).lower_s for _ in range(1000)],
             baseline_name="plain roofline, one shape",
             baseline=lambda: [plain_roofline(4096, 4096, 4096) for _ in range(1000)],
             bar_s=1000 * 100e-6,
@@ -93,8 +94,27 @@ def cases() -> list[Case]:
             baseline_units=1000,
         ),
         Case(
-            name="estimate, 1,000,000 shapes in one call",
-            run=lambda: estimate(Matmul(m=m, n=n, k=k), on=h100).lower_s,
+            name="predict, one shape",
+            run=lambda: [predict(one, on=h100).seconds for _ in range(1000)],
+            baseline_name="plain roofline, one shape",
+            baseline=lambda: [plain_roofline(4096, 4096, 4096) for _ in range(1000)],
+            bar_s=1000 * 100e-6,
+            units=1000,
+            baseline_units=1000,
+        ),
+        Case(
+            name="predict, 1,000,000 shapes in one call",
+            run=lambda: predict(Matmul(m=m, n=n, k=k), on=h100).seconds,
+            baseline_name="plain roofline, same shapes",
+            baseline=lambda: plain_roofline(m, n, k),
+            bar_s=1.0,
+            units=1_000_000,
+            baseline_units=1_000_000,
+            repeat=3,
+        ),
+        Case(
+            name="bound, 1,000,000 shapes in one call",
+            run=lambda: estimate(Matmul(m=m, n=n, k=k), on=h100, rung=BOUND).lower_s,
             baseline_name="plain roofline, same shapes",
             baseline=lambda: plain_roofline(m, n, k),
             bar_s=2.0,

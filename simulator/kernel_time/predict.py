@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 
@@ -65,9 +65,12 @@ def predict(
     """
     model = model_of(type(op))
     labels = model.labels(op, conditions)
-    found = basis(on, model, calibrations).narrowed(labels)
-    time = model.time(op, _rates(on), found.constants(labels), conditions)
-    known, regime = found.knows(labels), time.regime()
+    if calibrations is None:
+        found, constants, known, notes = _shipped(model, on, tuple(labels.items()))
+    else:
+        found, constants, known, notes = _resolved(model, on, labels, calibrations)
+    time = model.time(op, _rates(on), constants, conditions)
+    regime = time.regime()
     half_80, half_90 = _halves(found, regime, known=known)
     return Prediction(
         seconds=time.seconds,
@@ -79,8 +82,38 @@ def predict(
         model=model.name,
         basis=found,
         known=known,
-        notes=_notes(model, found, known=known),
+        notes=notes,
     )
+
+
+Resolved: TypeAlias = tuple[Basis, Mapping[str, float], bool, tuple[str, ...]]
+
+
+def _resolved(
+    model: KernelModel,
+    on: Device,
+    labels: Mapping[str, str],
+    calibrations: Sequence[Calibration] | None,
+) -> Resolved:
+    """Donors, constants, whether they know the labels, and what to say of it."""
+    found = basis(on, model, calibrations).narrowed(labels)
+    known = found.knows(labels)
+    return found, found.constants(labels), known, _notes(model, found, known=known)
+
+
+def _shipped(model: KernelModel, on: Device, labels: tuple[tuple[str, str], ...]) -> Resolved:
+    """The same on the shipped calibrations, which never change: looked up once."""
+    key = (model.name, on.id, on.architecture, on.compute_capability, labels)
+    found = _KEPT.get(key)
+    if found is None:
+        if len(_KEPT) >= MOST_KEPT:
+            _KEPT.clear()
+        found = _KEPT[key] = _resolved(model, on, dict(labels), None)
+    return found
+
+
+_KEPT: dict[tuple[object, ...], Resolved] = {}
+MOST_KEPT: Final = 4096
 
 
 def _halves(found: Basis, regimes: Any, *, known: bool) -> tuple[Num, Num]:

@@ -102,7 +102,7 @@ def rates_of(device: Device) -> Rates:
     memory = device.hbm
     if device.sm_unit not in UNITS:
         raise UnsupportedError(
-            f"{device.id} is built of {device.sm_unit}s: kernel models know {' and '.join(UNITS)}s; "
+            f"{device.id} is built of {device.sm_unit}s, kernel models of {' and '.join(UNITS)}s; "
             "ask for the bound rung"
         )
     if memory.bytes_per_s is None or len(device.memory) < 2:
