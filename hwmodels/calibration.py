@@ -30,7 +30,9 @@ POOLED: Final = "all"
 STATUSES: Final = ("fitted", "at bound", "unidentified", "fixed")
 
 _TOP: Final = frozenset({"schema", "kind", "device", "date", "rows_digest", "rows", "models"})
-_MODEL: Final = frozenset({"num_rows", "sources", "constants", "residuals", "transfer"})
+_MODEL: Final = frozenset(
+    {"num_rows", "usual_kernel", "sources", "constants", "residuals", "transfer"}
+)
 _CONSTANT: Final = frozenset({"value", "status", "factors"})
 _RESIDUALS: Final = frozenset({"num_rows", "q80", "q90", "quantiles"})
 
@@ -66,13 +68,16 @@ class Residuals:
 class ModelCalibration:
     """The constants of one kernel model on one device.
 
-    `residuals` are cross-validated, by regime and under 'all'; `transfer` those of predicting
-    these rows from the other architectures (None where there is no other).
+    `residuals` are cross-validated, by group (a kernel, a regime, both) and under 'all';
+    `transfer` those of predicting these rows from the other architectures (None where there is no
+    other). `usual_kernel` is the label that most rows carry: what a run of unnamed kernel is taken
+    for.
     """
 
     device_id: str
     date: datetime.date
     num_rows: int
+    usual_kernel: str
     sources: tuple[str, ...]
     constants: Mapping[str, FittedConstant]
     residuals: Mapping[str, Residuals]
@@ -132,6 +137,7 @@ def _model(entry: JsonObject, device_id: str, date: datetime.date) -> ModelCalib
         device_id=device_id,
         date=date,
         num_rows=entry.count("num_rows"),
+        usual_kernel=str(entry.values["usual_kernel"]),
         sources=entry.texts("sources"),
         constants={name: _constant(constants.child(name)) for name in constants.values},
         residuals={name: _residuals(residuals.child(name)) for name in residuals.values},

@@ -79,7 +79,9 @@ def samples(
     regimes = np.broadcast_to(np.asarray(prediction.regime), seconds.shape)
     errors = np.empty((*seconds.shape, num_samples))
     for name in np.unique(regimes):
-        found = prediction.basis.residuals(str(name), known=prediction.known)
+        found = prediction.basis.residuals(
+            str(name), kernel=prediction.kernel, known=prediction.known
+        )
         errors[regimes == name] = _errors(found, levels)
     return Samples(seconds[..., None] * np.exp(errors))
 

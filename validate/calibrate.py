@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
@@ -31,7 +32,7 @@ from hwmodels.calibration import (
 )  # fmt: skip
 from hwmodels.step_ratios import digest_of
 from simulator.kernel_time import general
-from simulator.kernel_time.basis import basis
+from simulator.kernel_time.basis import basis, residual_groups
 from simulator.kernel_time.model import KernelModel
 from simulator.kernel_time.rates import rates_of
 from validate.batches import batches
@@ -186,9 +187,9 @@ def _general(
         kept = problem.rows[kinds[problem.rows] != name]
         theta = fit(problem, kept, whole.theta).theta if len(kept) >= MIN_ROWS else whole.theta
         errors[held] = np.log(problem.seconds[held] / problem.predicted(theta)[held])
-    regimes = np.full(len(rows), POOLED, dtype=object)
     model = general.MODEL
-    return {model.name: _entry(problem, whole, model, errors, regimes, rows, today)}
+    nowhere = np.full(len(rows), None, dtype=object)
+    return {model.name: _entry(problem, whole, model, errors, nowhere, rows, today)}
 
 
 def cross_validated(problem: Problem, whole: Fit, rows: Sequence[Measurement]) -> Floats:
@@ -211,8 +212,8 @@ def fold(row: Measurement, folds: int = FOLDS) -> int:
 
 
 def _regimes(problem: Problem, whole: Fit) -> Any:
-    """The regime of every row: that of its longest part."""
-    names = np.full(len(problem.seconds), POOLED, dtype=object)
+    """The kernel label and the regime of every row: those of its longest part."""
+    names = np.full(len(problem.seconds), None, dtype=object)
     longest = np.zeros(len(problem.seconds))
     rates = rates_of(problem.device)
     for i, (batch, model) in enumerate(zip(problem.batches, problem.models, strict=True)):
@@ -221,7 +222,9 @@ def _regimes(problem: Problem, whole: Fit) -> Any:
         regime = np.broadcast_to(np.asarray(time.regime()), len(batch.where))
         longer = seconds > longest[batch.where]
         where = batch.where[longer]
-        names[where], longest[where] = regime[longer], seconds[longer]
+        kernel = batch.conditions.kernel
+        names[where] = [(kernel, str(name)) for name in regime[longer]]
+        longest[where] = seconds[longer]
     return names
 
 
@@ -240,20 +243,31 @@ def _entry(
             [b.where for b, m in zip(problem.batches, problem.models, strict=True) if m is model]
         )
     )
-    by_regime = {POOLED: residuals_of(errors[mine])}
-    for name in sorted(set(regimes[mine])):
-        here = mine[regimes[mine] == name]
-        if name != POOLED and len(here) >= MIN_REGIME:
-            by_regime[str(name)] = residuals_of(errors[here])
+    groups: dict[str, list[int]] = defaultdict(list)
+    for i in mine:
+        for group in residual_groups(*regimes[i]) if regimes[i] else ():
+            groups[group].append(i)
+    found = {g: residuals_of(errors[w]) for g, w in sorted(groups.items()) if len(w) >= MIN_REGIME}
     return ModelCalibration(
         device_id=problem.device.id,
         date=today,
         num_rows=len(mine),
+        usual_kernel=_usual_kernel(problem, model),
         sources=tuple(sorted({rows[i].source for i in mine})),
         constants=whole.constants(model),
-        residuals=by_regime,
+        residuals={POOLED: residuals_of(errors[mine]), **found},
         transfer=None,
     )
+
+
+def _usual_kernel(problem: Problem, model: KernelModel) -> str:
+    """The label most rows carry, figures and rows without one aside; '' where there is none."""
+    rows: dict[str, int] = defaultdict(int)
+    for batch, used in zip(problem.batches, problem.models, strict=True):
+        kernel = batch.conditions.kernel
+        if used is model and kernel and not kernel.startswith("figure"):
+            rows[kernel] += len(batch.where)
+    return max(rows, key=lambda kernel: (rows[kernel], kernel)) if rows else ""
 
 
 def residuals_of(errors: Floats) -> Residuals:
@@ -289,6 +303,7 @@ def as_document(calibration: Calibration) -> dict[str, Any]:
 def _model_document(entry: ModelCalibration) -> dict[str, Any]:
     return {
         "num_rows": entry.num_rows,
+        "usual_kernel": entry.usual_kernel,
         "sources": list(entry.sources),
         "constants": {name: _constant_document(c) for name, c in entry.constants.items()},
         "residuals": {name: asdict(r) for name, r in entry.residuals.items()},

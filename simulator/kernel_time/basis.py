@@ -8,7 +8,7 @@ A device without a calibration of its own borrows, in this order and never in si
     nominal       the constants' start values, where nothing was ever fitted
 
 A constant with a factor for the run's label (its kernel, its dtype) is taken from the donors that
-have that factor; where none has, from the bases of all. The interval of a borrowed prediction is
+have that factor; where none has, as the donors' usual kernel has it. The interval of a borrowed prediction is
 wider: of 'mean', that of predicting each donor from the other architectures.
 """
 
@@ -47,14 +47,15 @@ T = TypeVar("T")
 class Basis:
     """The donors of one model's constants on one device; `scope` says how they are related.
 
-    `hosts` are all calibrations of the model: what an eager launch costs is the timing method's,
-    whatever the architecture.
+    `peers` are all calibrations of the model: what an eager launch costs is the timing method's,
+    whatever the architecture. `instruction` is the kind of the device's matrix instruction.
     """
 
     model: KernelModel
     scope: str
     donors: tuple[ModelCalibration, ...]
-    hosts: tuple[ModelCalibration, ...] = ()
+    peers: tuple[ModelCalibration, ...] = ()
+    instruction: str = ""
 
     @property
     def calibrated(self) -> bool:
@@ -85,42 +86,95 @@ class Basis:
         return dataclasses.replace(self, donors=donors)
 
     def _value(self, constant: Constant, labels: Mapping[str, str]) -> float:
-        fitted = _having(self.donors, constant.name)
-        if not fitted and constant is not HOST:
-            return constant.start
-        key = "|".join(labels.get(name, "") for name in constant.by)
-        known = [f.value * f.factors[key] for f in fitted if key in f.factors]
+        """The geometric mean over the donors that know the labels, else over all of them."""
+        donors = self._donors_of(constant)
+        asked = [_labelled(d, constant, labels) for d in donors]
+        known = [value for value in asked if value is not None]
         if not known and constant is HOST:
-            known = [
-                f.value * f.factors[key]
-                for f in _having(self.hosts, constant.name)
-                if key in f.factors
-            ]
-        values = known or [f.value for f in fitted] or [constant.start]
-        return values[0] if len(values) == 1 else math.exp(fmean(map(math.log, values)))
+            known = [v for d in self.peers if (v := _labelled(d, constant, labels)) is not None]
+        values = known or [_unlabelled(d, constant, labels) for d in donors] or [constant.start]
+        mean = values[0] if len(values) == 1 else math.exp(fmean(map(math.log, values)))
+        return min(max(mean, constant.low), constant.high)
+
+    def _donors_of(self, constant: Constant) -> list[ModelCalibration]:
+        """Those that hold the constant; of several, those with the device's matrix instruction."""
+        if self.scope == MEAN and constant.by_instruction:
+            same = [d for d in self.peers if _instruction_of(d.device_id) == self.instruction]
+            if found := [d for d in same if constant.name in d.constants]:
+                return found
+        return [d for d in self.donors if constant.name in d.constants]
 
     def knows(self, labels: Mapping[str, str]) -> bool:
         """Does some donor have a factor for every label that the run states?"""
         asked = sum(key is not None for key in _keys(self.model, labels).values())
         return any(_labels_known(self.model, d, labels) == asked for d in self.donors)
 
-    def residuals(self, regime: str, *, known: bool = True) -> Residuals | None:
-        """The residuals an interval is made of; None where nothing was fitted.
+    def residuals(self, regime: str, *, kernel: str = "", known: bool = True) -> Residuals | None:
+        """The residuals an interval is made of; None where nothing speaks of this device.
 
-        A run with a label that no donor knows (`known=False`) is as uncertain as a new device.
+        The narrowest group that had rows enough: that kernel in that regime, that kernel, that
+        regime, all rows. A run with a label that no donor knows (`known=False`) is as uncertain as
+        a new device.
         """
         if self.scope == NOMINAL:
             return None
         if self.scope == MEAN or not known:
             found = [d.transfer for d in self.donors if d.transfer is not None]
-            if found:
-                return _mixed(found)
-        own = [d.residuals.get(regime, d.residuals[POOLED]) for d in self.donors]
-        return _mixed(own)
+            return _mixed(found) if found else None  # one architecture alone says nothing of others
+        groups = [*residual_groups(kernel, regime), POOLED]
+        return _mixed([
+            next(d.residuals[group] for group in groups if group in d.residuals)
+            for d in self.donors
+        ])  # fmt: skip
 
 
-def _having(donors: Sequence[ModelCalibration], name: str) -> list[FittedConstant]:
-    return [d.constants[name] for d in donors if name in d.constants]
+def _labelled(
+    donor: ModelCalibration, constant: Constant, labels: Mapping[str, str]
+) -> float | None:
+    """The donor's value under exactly the run's labels; its base for a constant without any."""
+    if constant.name not in donor.constants:
+        return None
+    fitted = donor.constants[constant.name]
+    if not constant.by:
+        return fitted.value
+    factor = fitted.factors.get("|".join(labels.get(name, "") for name in constant.by))
+    return None if factor is None else fitted.value * factor
+
+
+def _unlabelled(donor: ModelCalibration, constant: Constant, labels: Mapping[str, str]) -> float:
+    """The donor's value for a run it never saw: its kernel in other formats, the usual kernel,
+    the base.
+    """
+    fitted = donor.constants[constant.name]
+    for kernel in (labels.get("kernel", ""), donor.usual_kernel):
+        exact = _labelled(donor, constant, {**labels, "kernel": kernel})
+        if exact is not None:
+            return exact
+        like = [f for key, f in fitted.factors.items() if key.split("|")[0] == kernel]
+        if kernel and like:
+            return fitted.value * math.exp(fmean(map(math.log, like)))
+    return fitted.value
+
+
+@lru_cache(maxsize=256)
+def _instruction_of(device_id: str) -> str:
+    """The matrix instruction of a catalogued device; '' for others."""
+    return instruction(catalog.device(device_id)) if device_id in catalog.device_ids() else ""
+
+
+def instruction(device: Device) -> str:
+    """The kind of matrix instruction kernels of a device are written with.
+
+    NVIDIA's PTX ISA: warp-wide mma.sync (Volta to Ada, GeForce and RTX Blackwell), wgmma (Hopper),
+    tcgen05 (data-centre Blackwell); none before Volta.
+
+    >>> [instruction(catalog.device(d)) for d in ("a100-sxm4-80gb", "rtx-5090", "h100-sxm", "p4")]
+    ['mma.sync', 'mma.sync', 'wgmma', '']
+    """
+    major = (device.compute_capability or "").split(".")[0]
+    return {"7": "mma.sync", "8": "mma.sync", "12": "mma.sync", "9": "wgmma", "10": "tcgen05"}.get(
+        major, ""
+    )
 
 
 def _keys(model: KernelModel, labels: Mapping[str, str]) -> dict[str, str | None]:
@@ -141,6 +195,15 @@ def _labels_known(
         name in donor.constants and key in donor.constants[name].factors
         for name, key in _keys(model, labels).items()
     )
+
+
+def residual_groups(kernel: str, regime: str) -> tuple[str, ...]:
+    """The groups whose residuals may stand for a run, narrowest first.
+
+    >>> residual_groups("fa3", "hbm")
+    ('kernel fa3, hbm', 'kernel fa3', 'hbm')
+    """
+    return (f"kernel {kernel}, {regime}", f"kernel {kernel}", regime) if kernel else (regime,)
 
 
 def _mixed(found: Sequence[Residuals]) -> Residuals:
@@ -164,11 +227,11 @@ def basis(
     return _find(_identity(device), model, calibrations)
 
 
-Identity = tuple[str, tuple[str, str]]
+Identity = tuple[str, tuple[str, str], str]
 
 
 def _identity(device: Device) -> Identity:
-    return device.id, kin(device)
+    return device.id, kin(device), instruction(device)
 
 
 def kin(device: Device) -> tuple[str, str]:
@@ -188,15 +251,15 @@ def _shipped_basis(identity: Identity, model: KernelModel) -> Basis:
 
 
 def _find(identity: Identity, model: KernelModel, calibrations: Sequence[Calibration]) -> Basis:
-    device_id, family = identity
+    device_id, family, kind = identity
     have = [c for c in calibrations if model.name in c.models]
     own = [c for c in have if c.device_id == device_id]
     same = [c for c in have if _kin_of(c.device_id) == family]
     for scope, found in ((OWN, own), (ARCHITECTURE, same), (MEAN, have)):
         if found:
             donors = tuple(c.models[model.name] for c in found)
-            hosts = tuple(c.models[model.name] for c in have)
-            return Basis(model=model, scope=scope, donors=donors, hosts=hosts)
+            peers = tuple(c.models[model.name] for c in have)
+            return Basis(model=model, scope=scope, donors=donors, peers=peers, instruction=kind)
     return Basis(model=model, scope=NOMINAL, donors=())
 
 

@@ -17,7 +17,9 @@ class Constant:
     log-normal with a standard deviation of `spread`; the fit stays within `low` and `high`.
     `by` names labels of a run (`kernel`, `dtype`, ...): the constant then has a factor per value of
     these labels beside its base value; a run with a label never seen takes the base. `source`
-    says where `start` is from; a constant with `fitted=False` keeps it on every device.
+    says where `start` is from; a constant with `fitted=False` keeps it on every device. One with
+    `by_instruction` describes how well kernels drive the matrix units, and a new architecture
+    borrows it from those with the same kind of matrix instruction where there are any.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Constant:
     by: tuple[str, ...] = DEVICE_ONLY
     source: str = FIT
     fitted: bool = True
+    by_instruction: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.low <= self.start <= self.high:

@@ -30,8 +30,8 @@ class Prediction:
 
     `rung` is 'calibrated' where constants were fitted (here or on the device's donors), 'model'
     where they are nominal. `half_80`, `half_90` are half widths of the interval in log time;
-    `terms` the parts of the time, `regime` the name of the largest; `known` says whether some
-    donor had rows of this kernel and format.
+    `terms` the parts of the time, `regime` the name of the largest; `kernel` the label of what
+    ran, `known` whether some donor had rows of it and of its format.
     """
 
     seconds: Num
@@ -42,6 +42,7 @@ class Prediction:
     rung: str
     model: str
     basis: Basis
+    kernel: str
     known: bool
     notes: tuple[str, ...] = ()
 
@@ -71,7 +72,7 @@ def predict(
         found, constants, known, notes = _resolved(model, on, labels, calibrations)
     time = model.time(op, _rates(on), constants, conditions)
     regime = time.regime()
-    half_80, half_90 = _halves(found, regime, known=known)
+    half_80, half_90 = _halves(found, regime, kernel=conditions.kernel, known=known)
     return Prediction(
         seconds=time.seconds,
         half_80=half_80,
@@ -81,6 +82,7 @@ def predict(
         rung=CALIBRATED if found.calibrated else MODEL,
         model=model.name,
         basis=found,
+        kernel=conditions.kernel,
         known=known,
         notes=notes,
     )
@@ -116,14 +118,14 @@ _KEPT: dict[tuple[object, ...], Resolved] = {}
 MOST_KEPT: Final = 4096
 
 
-def _halves(found: Basis, regimes: Any, *, known: bool) -> tuple[Num, Num]:
+def _halves(found: Basis, regimes: Any, *, kernel: str, known: bool) -> tuple[Num, Num]:
     """Half widths by regime; an array of regimes is looked up name by name."""
     if isinstance(regimes, str):
-        return _half_pair(found.residuals(regimes, known=known))
+        return _half_pair(found.residuals(regimes, kernel=kernel, known=known))
     q80, q90 = np.empty(regimes.shape), np.empty(regimes.shape)
     for name in np.unique(regimes):
         here = regimes == name
-        q80[here], q90[here] = _half_pair(found.residuals(str(name), known=known))
+        q80[here], q90[here] = _half_pair(found.residuals(str(name), kernel=kernel, known=known))
     return q80, q90
 
 

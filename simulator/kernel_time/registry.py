@@ -6,12 +6,25 @@ from functools import lru_cache
 from typing import Final
 
 from hwmodels.errors import InputError
-from simulator.kernel_time import gemm, general
+from simulator.kernel_time import (
+    attention_decode,
+    attention_prefill,
+    collective,
+    gemm,
+    general,
+    moe,
+    rnn,
+)
 from simulator.kernel_time.model import KernelModel
 from workloads.op import Op
 
 MODELS: Final[tuple[KernelModel, ...]] = (
     gemm.MODEL,
+    attention_decode.MODEL,
+    moe.MODEL,
+    collective.MODEL,
+    rnn.MODEL,
+    attention_prefill.MODEL,
     general.MODEL,
 )
 

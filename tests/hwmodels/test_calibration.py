@@ -29,6 +29,7 @@ def document() -> dict[str, Any]:
         "models": {
             "gemm": {
                 "num_rows": 9,
+                "usual_kernel": "vllm",
                 "sources": ["a", "b"],
                 "constants": {
                     "mma_frac": {"value": 0.9, "status": "fitted", "factors": {"bf16": 1.1}}
