@@ -55,6 +55,10 @@ class System:
 
 _OPS: Final[Mapping[str, Entry]] = {
     "matmul": Entry("matmul", "Matmul", "matrix product, tiled, batched"),
+    "batched_matmul": Entry("matmul", "BatchedMatmul", "many small matrix products in one kernel"),
+    "quantised_matmul": Entry(
+        "quantised_matmul", "QuantisedMatmul", "product of quantised operands, quantising included"
+    ),
     "softmax": Entry("softmax", "Softmax", "row-wise softmax"),
     "attention": Entry(
         "attention", "StandardAttention", "attention that writes its scores to memory"

@@ -1,20 +1,22 @@
 """Time of a matrix product: the best of a menu of tiles and splits along k.
 
-For a tile (tm, tn), bk = 128 bytes of k a step, s parts of k, S SMs at clock f, R the peak rate:
+For a tile (tm, tn), s parts of k, a step of bk = 128 bytes of k, S SMs at clock f, peak rate R:
 
-    nk    = ceil(k / (bk s)),   N = batch ceil(m / tm) ceil(n / tn) s,   W = waves(N, S)
-    t_mma = 2 tm tn bk nk / (R / S mma)                       tensor cores (or fp32 lanes)
-    t_ld  = (tm + tn) bk nk e / (feed f)                      operands from L2 to one SM
-    loop  = overlap(t_mma, t_ld) + step nk
-    epi   = tile + tm tn e_out / (store f)                    fp32 partial sums where s > 1
-    t_c   = W (loop + epi); Blackwell overlaps the epilogue with the next tile's loop:
-            (W - 1) max(loop, epi) + loop + epi
-    t_d   = dram(bytes not found in the L2)
-    T     = launch + overlap(t_c, t_d) + [s > 1] (split + fp32 sums through the L2) + ragged start
+    steps  = ceil(k / (bk s)),   blocks = batch ceil(m / tm) ceil(n / tn) s,   W = waves(blocks, S)
+    t_mma  = 2 tm tn bk / (R / S mma power)                   per step: matrix units or fp32 lanes
+    t_ld   = (tm e_a + tn e_b) bk / (feed f)                  per step: operands from L2 to one SM
+    loop   = steps (overlap(t_mma, t_ld) + step) (1 + droop ln(1 + flops / R / 30 us))
+    epi    = tile + tm tn e_out / (store f)                   fp32 partial sums where s > 1
+    t_c    = W (loop + epi);  data-centre Blackwell overlaps the epilogue with the next tile:
+             (W - 1) max(loop, epi) + loop + epi
+    t_d    = dram(bytes not found in the L2)
+    T      = launch + overlap(t_c, t_d) + [s > 1] (split + fp32 sums through the L2)
+             + spread (1 - 16 / blocks at once)
 
-Long products slow down as the clock gives way to power: t_mma (1 + droop ln(1 + t_mma W / 30 us)).
-Fitted on published timings (see docs/accuracy.md); the form follows NVIDIA's CUTLASS
-documentation (tile menu, stream of k-steps, epilogue) and is the usual wave-quantised tile model.
+`droop`: long products slow down as the clock gives way to power. `power` caps fp32 lanes, whose
+peak many boards cannot feed: P = R lane_energy against the board's limit, (1 + (P / tdp)^4)^(-1/4).
+The form follows NVIDIA's CUTLASS documentation (tile menu, steps of k, epilogue, split-K) and the
+usual wave-quantised tile model; the constants are fitted on published timings (docs/accuracy.md).
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,27 +39,38 @@ from simulator.kernel_time.model import (
     KernelTime,
 )
 from simulator.kernel_time.rates import Rates
-from simulator.kernel_time.terms import cold_frac, dram_seconds, larger, overlap, waves
+from simulator.kernel_time.terms import cold_frac, dram_seconds, larger, overlap
 from workloads.numeric import Array, Num
-from workloads.ops.matmul import Matmul
+from workloads.ops.matmul import BatchedMatmul, Matmul
+from workloads.ops.quantised_matmul import QuantisedMatmul
+
+Product: TypeAlias = Matmul | QuantisedMatmul
 
 STEP_BYTES: Final = 128
 """Bytes of k that one pipeline stage loads of each row: one shared-memory line."""
 DROOP_S: Final = 30e-6
 """Time scale on which the clock gives way; a fixed figure, the constant `droop` is its size."""
-SPLITS: Final = (1, 2, 4, 8, 16)
 COPIES: Final = 5
 """Copies of the weights that a rotated benchmark takes in turn (its publisher's rule)."""
+SKINNY: Final = 32
+"""Tiles of at most this many rows serve products of no more rows than the tile has."""
+CROWD: Final = 16
+"""Blocks up to which a kernel's start takes no longer."""
+CHUNK: Final = 256
+"""Shapes timed at once: with all their kernels they stay in a core's cache."""
 
+JOINT: Final = "joint fit on calib, 2026-11"
 CONSTANTS: Final = (
     Constant(name="launch_s", meaning="floor of a kernel: launch, first and last block", unit="s",
              start=2.2e-6, low=2e-7, high=2e-5, spread=0.7, by=("kernel",)),
     Constant(name="mma_frac", meaning="sustained share of the peak matrix rate", unit="1",
-             start=0.9, low=0.3, high=1.0, spread=0.3, by=("dtype",)),
+             start=0.9, low=0.1, high=1.0, spread=0.2, by=("dtype",)),
+    Constant(name="lane_energy_j", meaning="board energy of one flop of the fp32 lanes", unit="J",
+             start=1.2e-11, low=3e-12, high=6e-11, spread=0.7),
     Constant(name="hbm_frac", meaning="sustained share of the device-memory bandwidth", unit="1",
              start=0.85, low=0.4, high=1.0, spread=0.2),
     Constant(name="feed_bytes_per_clk", meaning="operand bytes an SM takes from the L2 per clock",
-             unit="B/clk/SM", start=90.0, low=16.0, high=400.0, spread=0.7),
+             unit="B/clk/SM", start=90.0, low=8.0, high=400.0, spread=0.7),
     Constant(name="store_bytes_per_clk", meaning="result bytes an SM stores per clock",
              unit="B/clk/SM", start=18.0, low=2.0, high=128.0, spread=0.7),
     Constant(name="ramp_s", meaning="latency of filling the device-memory pipeline", unit="s",
@@ -68,16 +81,16 @@ CONSTANTS: Final = (
              start=3e-7, low=1e-8, high=3e-6, spread=0.7),
     Constant(name="split_s", meaning="the second pass that adds the parts of k", unit="s",
              start=2.3e-6, low=3e-7, high=1e-5, spread=0.3),
-    Constant(name="spread_s", meaning="start of many blocks: per factor 8 of blocks above 16",
-             unit="s", start=3e-7, low=1e-8, high=2e-6, spread=0.5),
+    Constant(name="spread_s", meaning="start of many blocks at once, against few", unit="s",
+             start=4e-7, low=1e-8, high=3e-6, spread=0.5),
     Constant(name="ragged_frac", meaning="share of whole-wave quantisation", unit="1",
-             start=0.15, low=0.01, high=1.0, fitted=False, source="joint fit on calib, 2026-11"),
+             start=0.15, low=0.01, high=1.0, fitted=False, source=JOINT),
     Constant(name="sum_bytes_per_clk", meaning="L2 traffic of adding parts of k", unit="B/clk/SM",
-             start=50.0, low=5.0, high=128.0, fitted=False, source="joint fit on calib, 2026-11"),
+             start=50.0, low=5.0, high=128.0, fitted=False, source=JOINT),
     Constant(name="l2_frac", meaning="share of the L2 that a working set can keep", unit="1",
-             start=0.5, low=0.1, high=1.0, fitted=False, source="joint fit on calib, 2026-11"),
+             start=0.5, low=0.1, high=1.0, fitted=False, source=JOINT),
     Constant(name="droop", meaning="loss of clock per e-fold of time above 30 us", unit="1",
-             start=0.02, low=0.001, high=0.1, fitted=False, source="joint fit on calib, 2026-11"),
+             start=0.02, low=0.001, high=0.1, fitted=False, source=JOINT),
 )  # fmt: skip
 
 _SM80: Final = ((16, 32), (16, 64), (32, 32), (32, 64), (64, 64), (64, 128), (128, 64),
@@ -87,8 +100,9 @@ _SM90: Final = ((16, 64), (32, 64), (64, 64), (16, 128), (32, 128), (64, 128), (
 _SM100: Final = ((16, 64), (64, 64), (16, 128), (32, 128), (64, 128), (128, 64), (128, 128),
                  (128, 256), (256, 128), (256, 256))  # fmt: skip
 _MENUS: Final[Mapping[str, tuple[tuple[int, int], ...]]] = {"9": _SM90, "10": _SM100}
-SKINNY: Final = 32
-"""Tiles of at most this many rows serve products of no more rows than the tile has."""
+SPLITS: Final = (1, 2, 4, 8, 16)
+WIDEST_SPLIT: Final = 2**15
+"""Elements of the largest tile that is ever split: larger ones have work enough."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +112,7 @@ class Menu:
     tile_m: Array
     tile_n: Array
     splits: Array
+    split: NDArray[np.bool_]
     epilogue_overlaps: bool
     droops: bool
 
@@ -107,70 +122,111 @@ def menu(compute_capability: str | None) -> Menu:
     """The tiles a library chooses from: sm_80's, but for Hopper and data-centre Blackwell."""
     major = (compute_capability or "").split(".")[0]
     tiles = _MENUS.get(major, _SM80)
-    pairs = [(tm, tn, s) for tm, tn in tiles for s in SPLITS]
-    tm, tn, s = (np.array(column, dtype=np.float64) for column in zip(*pairs, strict=True))
-    return Menu(tm, tn, s, major == "10", major in ("9", "10", "12"))
+    kernels = [(tm, tn, s) for tm, tn in tiles for s in SPLITS if s == 1 or tm * tn <= WIDEST_SPLIT]
+    tm, tn, s = (np.array(column, dtype=np.float64) for column in zip(*kernels, strict=True))
+    return Menu(tm, tn, s, s > 1, major == "10", major in ("9", "10", "12"))
 
 
 def gemm_seconds(
-    op: Matmul, rates: Rates, constants: Constants, conditions: Conditions
+    op: Product, rates: Rates, constants: Constants, conditions: Conditions
 ) -> KernelTime:
-    """Seconds of one product; sizes and rates broadcast."""
-    choices = menu(rates.device.compute_capability)
-    batch, m, n, k = (np.asarray(v, dtype=np.float64)[..., None] for v in
-                      np.broadcast_arrays(op.batch, op.m, op.n, op.k))  # fmt: skip
-    r = rates.lifted()
-    compute_s, extra_s = _compute(op, choices, (batch, m, n, k), r, constants)
-    memory_s = _memory(op, (batch, m, n, k), r, constants, conditions)
-    busy = overlap(compute_s, memory_s) + extra_s
-    usable = (choices.tile_m > SKINNY) | (m <= choices.tile_m)
+    """Seconds of one product; sizes and rates broadcast, many shapes in chunks."""
+    sizes = np.broadcast_arrays(getattr(op, "batch", 1), op.m, op.n, op.k)
+    sizes = [np.asarray(v, dtype=np.float64) for v in sizes]
+    if sizes[0].ndim == 0 or sizes[0].size <= CHUNK or not _plain(rates):
+        return _timed(op, tuple(v[..., None] for v in sizes), rates.lifted(), constants, conditions)
+    flat = [v.reshape(-1) for v in sizes]
+    parts = [
+        _timed(op, tuple(v[i : i + CHUNK, None] for v in flat), rates, constants, conditions)
+        for i in range(0, len(flat[0]), CHUNK)
+    ]
+    shape = sizes[0].shape
+    seconds = np.concatenate([np.asarray(p.seconds) for p in parts]).reshape(shape)
+    terms: dict[str, Num] = {"launch": constants["launch_s"]}
+    for name in ("compute", "hbm"):
+        terms[name] = np.concatenate([np.asarray(p.terms[name]) for p in parts]).reshape(shape)
+    return KernelTime(seconds, terms)
+
+
+def _plain(rates: Rates) -> bool:
+    """Are the rates numbers, not arrays of moved ones?"""
+    return not isinstance(rates.hbm_bytes_per_s, np.ndarray)
+
+
+def _timed(
+    op: Product, sizes: tuple[Array, ...], r: Rates, c: Constants, conditions: Conditions
+) -> KernelTime:
+    """Seconds of shapes in the leading axes; kernels of the menu in the last."""
+    kernels = menu(r.device.compute_capability)
+    compute, extra = _compute(op, kernels, sizes, r, c)
+    memory = _memory(op, sizes, r, c, conditions)
+    busy = overlap(compute, memory) + extra
+    m = sizes[1]
+    if m.min() > SKINNY:
+        usable: Any = kernels.tile_m > SKINNY
+    else:
+        usable = (kernels.tile_m > SKINNY) | (m <= kernels.tile_m)
     busy = np.where(usable, busy, np.inf)
-    best = np.argmin(busy.real, axis=-1)[..., None]
-    launch_s = constants["launch_s"]
-    terms = {
-        "launch": launch_s,
-        "compute": _chosen(compute_s + extra_s, best),
-        "hbm": _chosen(memory_s, best),
-    }
+    best = busy.argmin(axis=-1)[..., None]
+    launch_s = c["launch_s"]
+    terms = {"launch": launch_s, "compute": _chosen(compute, best), "hbm": _chosen(memory, best)}
     return KernelTime(launch_s + _chosen(busy, best), terms)
 
 
 def _compute(
-    op: Matmul, choices: Menu, sizes: tuple[Array, ...], r: Rates, c: Constants
-) -> tuple[Num, Num]:
-    """Seconds of all tiles, and of what stands beside them: adding the parts, ragged start."""
+    op: Product, kernels: Menu, sizes: tuple[Array, ...], r: Rates, c: Constants
+) -> tuple[Any, Any]:
+    """Seconds of all tiles, and of what stands beside them: adding the parts, the start."""
     batch, m, n, k = sizes
-    tm, tn, s = choices.tile_m, choices.tile_n, choices.splits
-    e = op.dtype.bytes_per_element
-    step = STEP_BYTES / e
+    tm, tn, s = kernels.tile_m, kernels.tile_n, kernels.splits
+    step = STEP_BYTES / op.dtype.bytes_per_element
     steps = np.ceil(k / (step * s))
     blocks = batch * np.ceil(m / tm) * np.ceil(n / tn) * s
-    rounds = waves(blocks, r.num_sms, c["ragged_frac"])
-    mma = 2 * tm * tn * step * steps / (r.matmul_flops_per_s(op.dtype) / r.num_sms * c["mma_frac"])
-    if choices.droops:
-        mma = mma * (1 + c["droop"] * np.log1p(mma * rounds / DROOP_S))
-    load = (tm + tn) * step * steps * e / (c["feed_bytes_per_clk"] * r.clock_hz)
-    loop = overlap(mma, load) + c["step_s"] * steps
-    out_bytes = np.where(s > 1, 4.0, op.written_dtype.bytes_per_element)
-    store = tm * tn * out_bytes / (c["store_bytes_per_clk"] * r.clock_hz)
-    epilogue = c["tile_s"] + store
-    if choices.epilogue_overlaps:
+    w = blocks / r.num_sms
+    q = c["ragged_frac"]
+    rounds = np.maximum((1 - q) * w + q * np.ceil(w.real), 1.0)
+    loop = steps * _step_seconds(op, kernels, r, c)
+    if kernels.droops:
+        ideal = 2 * batch * m * n * k / r.matmul_flops_per_s(_math(op))
+        loop = loop * (1 + c["droop"] * np.log1p(ideal / DROOP_S))
+    out_bytes = np.where(kernels.split, 4.0, _out(op))
+    epilogue = c["tile_s"] + tm * tn * out_bytes / (c["store_bytes_per_clk"] * r.clock_hz)
+    if kernels.epilogue_overlaps:
         tiles = (rounds - 1) * larger(loop, epilogue) + loop + epilogue
     else:
         tiles = rounds * (loop + epilogue)
-    sums = c["split_s"] + 8 * s * batch * m * n / (c["sum_bytes_per_clk"] * r.sm_clocks_per_s)
-    busy_sms = np.minimum(blocks, r.num_sms)
-    ragged = c["spread_s"] / 3 * np.log2(np.maximum(1.0, busy_sms / 16))
-    return tiles, np.where(s > 1, sums, 0.0) + ragged
+    summed = 8 * s / (c["sum_bytes_per_clk"] * r.sm_clocks_per_s)
+    extra = np.where(kernels.split, c["split_s"] + summed * (batch * m * n), 0.0)
+    at_once = np.maximum(np.minimum(blocks, r.num_sms), CROWD)
+    return tiles, extra + c["spread_s"] * (1 - CROWD / at_once)
+
+
+def _step_seconds(op: Product, kernels: Menu, r: Rates, c: Constants) -> Any:
+    """Seconds of one step along k of every tile."""
+    tm, tn = kernels.tile_m, kernels.tile_n
+    e = op.dtype.bytes_per_element
+    step = STEP_BYTES / e
+    rate = r.matmul_flops_per_s(_math(op))
+    mma = 2 * tm * tn * step / (rate / r.num_sms * c["mma_frac"] * _power(op, rate, r, c))
+    load = (tm * e + tn * _weight(op)) * step / (c["feed_bytes_per_clk"] * r.clock_hz)
+    return overlap(mma, load) + c["step_s"]
+
+
+def _power(op: Product, rate: Num, r: Rates, c: Constants) -> Num:
+    """Share of the lanes' peak that the board's power limit feeds; 1 for matrix units."""
+    if r.device.tdp_w is None or r.has_tensor_path(_math(op)):
+        return 1.0
+    wanted = rate * c["lane_energy_j"] / r.device.tdp_w
+    return (1 + wanted**4) ** -0.25
 
 
 def _memory(
-    op: Matmul, sizes: tuple[Array, ...], r: Rates, c: Constants, conditions: Conditions
-) -> Num:
+    op: Product, sizes: tuple[Array, ...], r: Rates, c: Constants, conditions: Conditions
+) -> Any:
     """Seconds of device-memory traffic: what the L2 does not already hold."""
     batch, m, n, k = sizes
-    e, out = op.dtype.bytes_per_element, op.written_dtype.bytes_per_element
-    weights, others = batch * k * n * e, batch * (m * k * e + m * n * out)
+    weights = batch * k * n * _weight(op)
+    others = batch * m * (k * op.dtype.bytes_per_element + n * _out(op))
     if conditions.l2 == COLD:
         moved = weights + others
     else:
@@ -181,12 +237,30 @@ def _memory(
     return dram_seconds(moved, r.hbm_bytes_per_s * c["hbm_frac"], c["ramp_s"])
 
 
-def _chosen(values: Num, best: NDArray[np.intp]) -> Num:
+def _math(op: Product) -> Any:
+    return op.computed_dtype if isinstance(op, Matmul) else op.dtype
+
+
+def _weight(op: Product) -> float:
+    """Bytes of one weight."""
+    return (op.dtype if isinstance(op, Matmul) else op.stored_dtype).bytes_per_element
+
+
+def _out(op: Product) -> float:
+    """Bytes of one result."""
+    return (op.written_dtype if isinstance(op, Matmul) else op.out_dtype).bytes_per_element
+
+
+def _chosen(values: Any, best: NDArray[np.intp]) -> Any:
     """The entry of each shape's best kernel; a scalar for a single shape."""
-    if np.shape(values)[-1] == 1:  # the same for every kernel
-        best = np.zeros_like(best)
-    found = np.take_along_axis(np.asarray(values), best, -1)[..., 0]
+    if values.shape[-1] == 1:  # the same for every kernel
+        found = values[..., 0]
+    else:
+        found = np.take_along_axis(values, best, -1)[..., 0]
     return found.item() if found.ndim == 0 else found
 
 
 MODEL: Final = KernelModel(name="gemm", ops=(Matmul,), constants=CONSTANTS, timing=gemm_seconds)
+BATCHED: Final = KernelModel(
+    name="bmm", ops=(BatchedMatmul,), constants=CONSTANTS, timing=gemm_seconds
+)

@@ -13,18 +13,23 @@ from simulator.kernel_time import (
     gemm,
     general,
     moe,
+    quantised_gemm,
     rnn,
+    streaming,
 )
 from simulator.kernel_time.model import KernelModel
 from workloads.op import Op
 
 MODELS: Final[tuple[KernelModel, ...]] = (
     gemm.MODEL,
+    gemm.BATCHED,
+    quantised_gemm.MODEL,
     attention_decode.MODEL,
     moe.MODEL,
     collective.MODEL,
     rnn.MODEL,
     attention_prefill.MODEL,
+    streaming.MODEL,
     general.MODEL,
 )
 

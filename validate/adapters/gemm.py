@@ -5,35 +5,67 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from hwmodels.dtypes import BF16, FP8, FP16, DType
+from hwmodels.dtypes import BF16, FP8, FP16, FP32, INT4, INT8, MXFP4, MXFP8, NVFP4, DType
 from simulator.kernel_time.model import COLD, REPLAYED, ROTATED, Conditions
 from validate.adapters.part import PLAIN, Part, framework, host_of, part, uncounted
 from validate.measurement import Measurement
-from workloads.ops.matmul import Matmul
+from workloads.ops.matmul import BatchedMatmul, Matmul
+from workloads.ops.quantised_matmul import QuantisedMatmul
 
-QUANTISED = "the row includes a quantisation kernel that has no count yet"
-WEIGHT_ONLY = "a product with quantised weights has no count yet"
+Formats = tuple[DType, DType, DType]
 
-DTYPES: Mapping[str, tuple[DType, DType] | str] = {
-    **{label: (dtype, dtype) for label, dtype in PLAIN.items()},
-    "fp16_mixed": (FP16, FP16),
-    "fp8_matmul_only": (FP8, BF16),
-    "fp16_fp32math": "fp16 storage with fp32 arithmetic has no count yet",
-    **dict.fromkeys(("fp8", "fp8_block", "nvfp4", "mxfp8", "mxfp4", "int8_smoothquant"), QUANTISED),
-    **dict.fromkeys(("int4_wo", "int8_wo"), WEIGHT_ONLY),
+PRODUCTS: Final[Mapping[str, Formats]] = {
+    **{label: (dtype, dtype, dtype) for label, dtype in PLAIN.items()},
+    "fp16_mixed": (FP16, FP16, FP16),
+    "fp16_fp32math": (FP16, FP16, FP32),
+    "fp8_matmul_only": (FP8, BF16, FP8),
 }
-"""Input and output format of a product by label, or why it has no count."""
+"""Storage, result and arithmetic format of a product by label."""
+
+QUANTISED: Final[Mapping[str, tuple[DType, DType, str]]] = {
+    "fp8": (FP8, FP8, "tensor"),
+    "fp8_block": (FP8, FP8, "block"),
+    "nvfp4": (NVFP4, NVFP4, "block"),
+    "mxfp8": (MXFP8, MXFP8, "block"),
+    "mxfp4": (MXFP4, MXFP4, "block"),
+    "int8_smoothquant": (INT8, INT8, "tensor"),
+    "int8_wo": (BF16, INT8, "weights"),
+    "int4_wo": (BF16, INT4, "weights"),
+}
+"""Format of the product, format of the weights and the way scales are shared, by label."""
 
 
-def matmul(row: Measurement) -> tuple[Part, ...]:
-    """One product; its formats by the row's label."""
-    formats = DTYPES.get(row.dtype, f"a product in {row.dtype} has no count yet")
-    if isinstance(formats, str):
-        uncounted(formats)
+def gemm(row: Measurement) -> tuple[Part, ...]:
+    """One product, with its quantiser where the label has one."""
+    if row.dtype not in QUANTISED:
+        return _product(row, Matmul)
+    dtype, weight_dtype, scheme = QUANTISED[row.dtype]
+    sizes = {name: row.params[name] for name in ("m", "n", "k")}
+    return (
+        part(
+            QuantisedMatmul,
+            sizes,
+            _conditions(row),
+            dtype=dtype,
+            weight_dtype=weight_dtype,
+            scheme=scheme,
+        ),
+    )
+
+
+def bmm(row: Measurement) -> tuple[Part, ...]:
+    """A batch of products."""
+    return _product(row, BatchedMatmul)
+
+
+def _product(row: Measurement, op: type[Matmul]) -> tuple[Part, ...]:
+    if row.dtype not in PRODUCTS:
+        uncounted(f"a product in {row.dtype} has no count yet")
+    stored, written, arithmetic = PRODUCTS[row.dtype]
     p = row.params
     sizes = {"batch": p.get("batch", 1), "m": p["m"], "n": p["n"], "k": p["k"]}
-    conditions = _conditions(row)
-    return (part(Matmul, sizes, conditions, dtype=formats[0], out_dtype=formats[1]),)
+    fixed = {"dtype": stored, "out_dtype": written, "math_dtype": arithmetic}
+    return (part(op, sizes, _conditions(row), **fixed),)
 
 
 def _conditions(row: Measurement) -> Conditions:
@@ -46,6 +78,6 @@ def _conditions(row: Measurement) -> Conditions:
 
 
 ADAPTERS: Final[Mapping[str, Callable[[Measurement], tuple[Part, ...]]]] = {
-    "gemm": matmul,
-    "bmm": matmul,
+    "gemm": gemm,
+    "bmm": bmm,
 }

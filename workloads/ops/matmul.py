@@ -39,6 +39,8 @@ C_STAYS, A_STAYS, B_STAYS = 0, 1, 2
 class Matmul(ProvedOp):
     """`batch` independent products of [m, k] by [k, n]; sizes in elements.
 
+    Stored in `dtype`, computed in `math_dtype` and written in `out_dtype` (else in `dtype`).
+
     >>> op = Matmul(m=4096, n=4096, k=4096)
     >>> op.work(50 * 2**20).tensor_flops[BF16] == 2 * 4096**3
     True
@@ -51,6 +53,12 @@ class Matmul(ProvedOp):
     batch: Num = 1
     dtype: DType = BF16
     out_dtype: DType | None = None
+    math_dtype: DType | None = None
+
+    @property
+    def computed_dtype(self) -> DType:
+        """Format that the products are computed in: `math_dtype`, else the input format."""
+        return self.math_dtype or self.dtype
 
     @property
     def accumulator_bytes(self) -> int:
@@ -97,7 +105,7 @@ class Matmul(ProvedOp):
 
     def min_flops(self) -> Mapping[DType, Num]:
         """2 m n k per product."""
-        return {self.dtype: 2 * self.batch * self.m * self.n * self.k}
+        return {self.computed_dtype: 2 * self.batch * self.m * self.n * self.k}
 
     def compulsory_bytes(self) -> Num:
         """A and B once, C once."""
@@ -146,7 +154,7 @@ class Matmul(ProvedOp):
                     for depth in slices(int(self.k), t["tk"]):
                         with mc.scope():
                             left, right = mc.load(a, (i, rows, depth)), mc.load(b, (i, depth, cols))
-                            mc.matmul(left, right, self.dtype, into=acc)
+                            mc.matmul(left, right, self.computed_dtype, into=acc)
                     mc.store(acc, c, (i, rows, cols))
 
     def _a_stays(
@@ -164,7 +172,7 @@ class Matmul(ProvedOp):
                         for left, depth in zip(panel, depths, strict=True):
                             with mc.scope():
                                 right = mc.load(b, (i, depth, cols))
-                                mc.matmul(left, right, self.dtype, into=acc)
+                                mc.matmul(left, right, self.computed_dtype, into=acc)
                         mc.store(acc, c, (i, rows, cols))
 
     def _b_stays(
@@ -173,6 +181,17 @@ class Matmul(ProvedOp):
         """C^T = B^T A^T: a panel of columns of B is a panel of rows of its transpose."""
         turned = {**t, "tm": t["tn"], "tn": t["tm"]}
         self._a_stays(mc, turned, i, _transposed(b), _transposed(a), _transposed(c))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchedMatmul(Matmul):
+    """The same where the batch is the point: many small products in one kernel.
+
+    >>> BatchedMatmul(batch=64, m=8, n=512, k=128).min_flops()[BF16] == 2 * 64 * 8 * 512 * 128
+    True
+    """
+
+    name: ClassVar[str] = "batched_matmul"
 
 
 def _stationary_tile(
