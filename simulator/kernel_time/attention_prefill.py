@@ -3,55 +3,116 @@
 For query tiles of Tq rows (the better of 64 and 128) and key blocks of Tk = 64, with S SMs at
 clock f, peak matrix rate R and X special-function results per clock and SM:
 
-    t_blk  = ||2 Tq Tk (d + v) / (R / S mma), Tq Tk / (X special f)||_2        one key block
-    blocks = key blocks of all query tiles: (nt (nt + 1) / 2) Tq / Tk under a causal mask, cut
-             where a window ends; `longest` those of the last tile
-    CTAs   = b H ceil(n / Tq); a kernel that packs the heads of a group into one tile has
-             b G ceil(n H / G / Tq): the constant `packed_frac` mixes the two
-    t_c    = ||(CTAs cta + all blocks t_blk) / S, cta + longest t_blk chain||_3
-    T      = launch + overlap(t_c, dram(bytes)) + prepare (2 Q + K + V) / (10 B per clk and SM)
+    t_blk  = ||2 Tq Tk (d' + v') / (R / S mma), Tq Tk / (X special f)||_2      one key block
+    blocks = key blocks of all query tiles: those up to the tile's last row under a causal mask,
+             those a window touches; `longest` of the tile that has most
+    CTAs   = b H ceil(n / Tq), or b G ceil(n H / G / Tq) in a kernel that packs the H / G heads
+             of a group into one tile; `packed_frac` mixes the two
+    t_c    = ||(CTAs cta + blocks t_blk) / S, cta + longest t_blk chain||_3
+    T      = launch + overlap(t_c, dram(bytes)) + (query 2 Q + cache (K + V)) / (10 B a clk and SM)
 
-The last term is what kernels do beside attention: rotary embedding, quantisation, writing the KV
-cache. FlashAttention (Dao 2022, 2023) gives the loop, Shah et al. 2024 (arXiv 2407.08608) its limit
+d' and v' are the widths the kernel pads to. The last term is what runs beside attention: rotary
+embedding or quantisation of the queries, and the write of keys and values to the cache.
+
+FlashAttention-3 splits the keys of a sequence whose query tiles leave more than a fifth of the SMs
+idle (its published rule, hopper/heuristics.h): the longest loop then shrinks to 1.1 times an SM's
+share, every block takes `split_cost` as long and a second kernel adds the parts, `split_s`.
+
+FlashAttention (Dao 2022, 2023) gives the loop, Shah et al. 2024 (arXiv 2407.08608) its limit
 by special functions; the norms and terms follow published timings (docs/accuracy.md).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Final, TypeAlias
 
+import numpy as np
+
 from simulator.kernel_time.constants import Constant
-from simulator.kernel_time.model import COLD, Conditions, Constants, KernelModel, KernelTime
+from simulator.kernel_time.model import (
+    COLD,
+    Conditions,
+    Constants,
+    KernelModel,
+    KernelTime,
+    usual_labels,
+)
 from simulator.kernel_time.rates import Rates
-from simulator.kernel_time.terms import cold_frac, dram_seconds, norm, overlap, smaller
-from workloads.numeric import Num, ceil_div, floor, maximum, minimum
+from simulator.kernel_time.terms import (
+    cold_frac,
+    dram_seconds,
+    larger,
+    norm,
+    overlap,
+    real,
+    smaller,
+)
+from workloads.numeric import Num, ceil_div, floor, maximum, minimum, where
+from workloads.op import Op
 from workloads.ops.flash_attention import FlashAttention2
-from workloads.ops.prefill_attention import PrefillAttention
+from workloads.ops.prefill_attention import MlaPrefill, PrefillAttention
 
 Attention: TypeAlias = FlashAttention2 | PrefillAttention
 
 QUERY_TILES: Final = (64, 128)
 KEY_BLOCK: Final = 64
 PREPARE_BYTES_PER_CLK: Final = 10.0
-"""Unit of the constant `prepare`: a streaming kernel's bytes per clock and SM."""
+"""Unit of the constants `query_passes` and `cache_passes`: bytes per clock and SM."""
 
-K: Final = ("kernel",)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernel:
+    """What is known of a kernel's code.
+
+    `widths`: head widths it is compiled for, other widths are padded (beyond the last, and where
+    empty, to a multiple of 16). `packs`: the heads of a group share a tile (None: not known, a
+    fitted share). `splits`: it splits the keys. `skips`: it leaves out keys before a window.
+    """
+
+    widths: tuple[int, ...] = ()
+    packs: bool | None = None
+    splits: bool = False
+    skips: bool = True
+
+
+FLASH: Final = (64, 96, 128, 192, 256)
+KERNELS: Final[Mapping[str, Kernel]] = {
+    "fa2": Kernel(widths=FLASH, packs=False),
+    "fa2-one": Kernel(widths=FLASH, packs=True),
+    "fa3": Kernel(widths=FLASH, packs=True, splits=True),
+    "fa3-256": Kernel(widths=(64, 128, 256), packs=True, splits=True),
+    "triton": Kernel(packs=False, skips=False),
+}
+"""FlashAttention's widths, packing and splits are those of its sources (csrc/flash_attn, hopper);
+SGLang builds FlashAttention-3 for fewer widths, and its Triton kernel visits every key."""
+USUAL: Final = Kernel()
+
+K: Final = ("code",)
 KD: Final = ("kernel", "dtype")
+CD: Final = ("code", "dtype")
 CONSTANTS: Final = (
     Constant(name="launch_s", meaning="floor of the call: launches, first and last block", unit="s",
-             start=8e-6, low=1e-6, high=1e-4, spread=0.7, by=K),
+             start=8e-6, low=1e-6, high=1e-4, spread=0.7, by=KD),
     Constant(name="mma_frac", meaning="sustained share of the peak matrix rate", unit="1",
-             start=0.7, low=0.03, high=1.0, spread=0.4, by=KD, by_instruction=True),
+             start=0.7, low=0.03, high=1.0, spread=0.4, by=CD),
     Constant(name="special_frac", meaning="sustained share of the special-function rate", unit="1",
-             start=0.75, low=0.1, high=1.0, spread=0.4, by=K, by_instruction=True),
+             start=0.75, low=0.1, high=1.0, spread=0.4, by=K),
     Constant(name="cta_s", meaning="prologue and epilogue of one thread block", unit="s",
-             start=2.5e-6, low=1e-7, high=3e-5, spread=0.7, by=K, by_instruction=True),
+             start=2.5e-6, low=1e-7, high=3e-5, spread=0.7, by=K),
     Constant(name="chain", meaning="slowness of the longest loop, alone on its SM", unit="1",
-             start=1.5, low=0.5, high=5.0, spread=0.5, by=K, by_instruction=True),
+             start=1.5, low=0.5, high=5.0, spread=0.5, by=K),
     Constant(name="packed_frac", meaning="share of tiles that pack a group's heads", unit="1",
-             start=0.3, low=0.01, high=1.0, spread=1.0, by=K, by_instruction=True),
-    Constant(name="prepare", meaning="traffic beside attention, in passes over Q, K, V", unit="1",
-             start=0.5, low=0.01, high=10.0, by=K),
+             start=0.3, low=0.01, high=1.0, spread=1.0, by=K),
+    Constant(name="query_passes", meaning="traffic beside attention, in passes over Q and O",
+             unit="1", start=0.3, low=0.01, high=10.0, by=KD),
+    Constant(name="cache_passes", meaning="traffic beside attention, in passes over K and V",
+             unit="1", start=1.0, low=0.01, high=10.0, by=KD),
+    Constant(name="split_cost", meaning="slowness of the loop of a kernel that splits keys",
+             unit="1", start=1.3, low=1.0, high=3.0, spread=0.3, by=K),
+    Constant(name="split_s", meaning="the second pass that adds the parts of split keys", unit="s",
+             start=3e-6, low=1e-7, high=2e-5, spread=0.7, by=K),
     Constant(name="hbm_frac", meaning="sustained share of the device-memory bandwidth", unit="1",
              start=0.8, low=0.3, high=1.0, spread=0.3),
     Constant(name="ramp_s", meaning="latency of filling the device-memory pipeline", unit="s",
@@ -59,6 +120,26 @@ CONSTANTS: Final = (
     Constant(name="l2_frac", meaning="share of the L2 that a working set can keep", unit="1",
              start=0.5, low=0.1, high=1.0, fitted=False, source="joint fit on calib, 2026-11"),
 )  # fmt: skip
+FILLED_FRAC: Final = 0.8
+"""Share of the SMs that query tiles must occupy for FlashAttention-3 not to split the keys."""
+MOST_UNSPLIT: Final = 4 * 128
+"""Keys up to which it never splits: four of its blocks."""
+SPLIT_MARGIN: Final = 1.1
+"""What an SM may get of the work above its share before its splits are made finer."""
+
+
+def prefill_labels(op: Op, conditions: Conditions) -> dict[str, str]:
+    """The usual labels and `code`: the kernel without the framework that calls it.
+
+    >>> prefill_labels(PrefillAttention(num_heads=8, len_q=64, head_dim=64),
+    ...                Conditions(kernel="vllm:fa3"))["code"]
+    'fa3'
+    """
+    return {**usual_labels(op, conditions), "code": _code(conditions)}
+
+
+def _code(conditions: Conditions) -> str:
+    return conditions.kernel.rsplit(":", 1)[-1]
 
 
 def prefill_seconds(
@@ -66,47 +147,78 @@ def prefill_seconds(
 ) -> KernelTime:
     """Seconds of one call; sizes and rates broadcast."""
     c = constants
-    compute = _tiled(op, QUERY_TILES[0], rates, c)
+    kernel = KERNELS.get(_code(conditions).removesuffix(MMA), USUAL)
+    compute = _tiled(op, kernel, QUERY_TILES[0], rates, c)
     for tile in QUERY_TILES[1:]:
-        compute = smaller(compute, _tiled(op, tile, rates, c))
+        compute = smaller(compute, _tiled(op, kernel, tile, rates, c))
     moved = op.compulsory_bytes()
     if conditions.l2 != COLD:
         moved = moved * cold_frac(moved, c["l2_frac"] * rates.l2_bytes)
     hbm = dram_seconds(moved, rates.hbm_bytes_per_s * c["hbm_frac"], c["ramp_s"])
-    passes = 2 * op.batch * op.num_heads * op.len_q * op.head_dim * op.dtype.bytes_per_element
-    prepare = c["prepare"] * (passes + _kv_bytes(op))
-    prepare = prepare / (PREPARE_BYTES_PER_CLK * rates.sm_clocks_per_s)
+    queries = 2 * op.batch * op.num_heads * op.len_q * op.head_dim * op.dtype.bytes_per_element
+    beside = c["query_passes"] * queries + c["cache_passes"] * _kv_bytes(op)
+    prepare = beside / (PREPARE_BYTES_PER_CLK * rates.sm_clocks_per_s)
     terms = {"launch": c["launch_s"], "compute": compute, "hbm": hbm, "prepare": prepare}
     return KernelTime(c["launch_s"] + overlap(compute, hbm) + prepare, terms)
 
 
-def _tiled(op: Attention, tile: int, rates: Rates, c: Constants) -> Num:
+MMA: Final = "/mma"
+"""Ending of the label of a kernel compiled for warp-level matrix instructions (sm_80's)."""
+
+
+def _tiled(op: Attention, kernel: Kernel, tile: int, rates: Rates, c: Constants) -> Num:
     """Seconds on the SMs with query tiles of that many rows."""
-    group = op.num_heads / _kv_heads(op)
-    packed_rows, own_rows = op.len_q * group, op.len_q
-    block = _block(op, tile, rates, c)
-    p = c["packed_frac"]
-    packed = _loops(op, packed_rows, group, tile)
-    own = _loops(op, own_rows, 1, tile)
-    loops = op.batch * (p * _kv_heads(op) * packed[0] + (1 - p) * op.num_heads * own[0])
-    ctas = op.batch * (p * _kv_heads(op) * packed[1] + (1 - p) * op.num_heads * own[1])
-    filled = (ctas * c["cta_s"] + loops * block) / rates.num_sms
-    return norm(3, filled, c["cta_s"] + own[2] * block * c["chain"])
+    heads, kv_heads = op.num_heads, _kv_heads(op)
+    group = heads / kv_heads
+    p = c["packed_frac"] if kernel.packs is None else float(kernel.packs)
+    packed = _loops(op, kernel, op.len_q * group, group, tile)
+    own = _loops(op, kernel, op.len_q, 1, tile)
+    blocks, ctas, _ = (
+        op.batch * (p * kv_heads * a + (1 - p) * heads * b)
+        for a, b in zip(packed, own, strict=True)
+    )
+    block, longest = _block(op, kernel, tile, rates, c), own[2]
+    whole = _on_sms(ctas * c["cta_s"] + blocks * block, longest * block, rates, c)
+    if not kernel.splits:
+        return whole
+    share = SPLIT_MARGIN * blocks / rates.num_sms
+    part = smaller(longest, larger(share, 1.0)) * block * c["split_cost"]
+    split_work = ctas * c["cta_s"] + blocks * block * c["split_cost"]
+    split = _on_sms(split_work, part, rates, c) + c["split_s"]
+    idle = packed[1] * kv_heads < FILLED_FRAC * real(rates.num_sms)
+    return where(np.logical_and(idle, _keys(op) > MOST_UNSPLIT), split, whole)
 
 
-def _block(op: Attention, tile: int, rates: Rates, c: Constants) -> Num:
+def _on_sms(work: Num, longest: Num, rates: Rates, c: Constants) -> Num:
+    """Seconds of all blocks: their mean over the SMs, or the longest where it stands out."""
+    return norm(3, work / rates.num_sms, c["cta_s"] + longest * c["chain"])
+
+
+def _block(op: Attention, kernel: Kernel, tile: int, rates: Rates, c: Constants) -> Num:
     """Seconds of one tile against one key block on one SM."""
-    width = op.head_dim + _value_dim(op)
+    width = padded(op.head_dim, kernel) + padded(_value_dim(op), kernel)
     rate = rates.matmul_flops_per_s(op.dtype) / rates.num_sms * c["mma_frac"]
     special = rates.special_ops_per_clk * rates.clock_hz * c["special_frac"]
     return norm(2, 2 * tile * KEY_BLOCK * width / rate, tile * KEY_BLOCK / special)
 
 
-def _loops(op: Attention, rows: Num, group: Num, tile: int) -> tuple[Num, Num, Num]:
+def padded(width: Num, kernel: Kernel) -> Num:
+    """The width a kernel computes with.
+
+    >>> padded(72, KERNELS["fa3"]), padded(72, USUAL), padded(300, KERNELS["fa3"])
+    (96, 80, 304)
+    """
+    found = ceil_div(width, 16) * 16
+    for fixed in reversed(kernel.widths):
+        found = where(width <= fixed, fixed, found)
+    return found
+
+
+def _loops(op: Attention, kernel: Kernel, rows: Num, group: Num, tile: int) -> tuple[Num, Num, Num]:
     """Of one sequence and head: key blocks of all tiles, tiles, key blocks of the longest.
 
     `rows` query rows, `group` of them at each position; tile t under a causal mask sees the keys up
-    to its last row, those before the window left out.
+    to its last row, and one block more where a window cuts blocks at both ends.
     """
     tiles = ceil_div(rows, tile)
     keys = _keys(op)
@@ -114,7 +226,9 @@ def _loops(op: Attention, rows: Num, group: Num, tile: int) -> tuple[Num, Num, N
         every = ceil_div(keys, KEY_BLOCK)
         return tiles * every, tiles, every
     positions = tile / group
-    reach = minimum(keys, _window(op) + positions)
+    reach = keys
+    if kernel.skips:
+        reach = minimum(keys, _window(op) + positions + KEY_BLOCK)
     longest = maximum(reach / KEY_BLOCK, 1)
     before = (keys - op.len_q) / KEY_BLOCK  # keys of earlier calls, seen by every tile
     rise = positions / KEY_BLOCK
@@ -150,4 +264,16 @@ MODEL: Final = KernelModel(
     ops=(FlashAttention2, PrefillAttention),
     constants=CONSTANTS,
     timing=prefill_seconds,
+    labels=prefill_labels,
+)
+MLA_CONSTANTS: Final = tuple(
+    replace(c, high=1e-3, spread=1.5) if c.name == "launch_s" else c for c in CONSTANTS
+)
+"""Some of its callers launch several kernels eagerly: their floor is a host's, not a device's."""
+MLA: Final = KernelModel(
+    name="mla_prefill",
+    ops=(MlaPrefill,),
+    constants=MLA_CONSTANTS,
+    timing=prefill_seconds,
+    labels=prefill_labels,
 )

@@ -29,6 +29,7 @@ MODELS: Final[tuple[KernelModel, ...]] = (
     collective.MODEL,
     rnn.MODEL,
     attention_prefill.MODEL,
+    attention_prefill.MLA,
     streaming.MODEL,
     general.MODEL,
 )

@@ -131,3 +131,17 @@ class PrefillAttention(Op):
     def tiling(self, fast_bytes: Num) -> Mapping[str, Num]:
         """No tile is chosen: the counts do not depend on one."""
         return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlaPrefill(PrefillAttention):
+    """Latent attention over a prompt with keys and values expanded per head (DeepSeek-V2, 2024).
+
+    `head_dim` holds the rotary part besides, `value_dim` is narrower: 192 and 128 in DeepSeek-V3.
+    Source: arXiv 2405.04434, section 2.1.
+
+    >>> MlaPrefill(num_heads=16, len_q=512, head_dim=192, value_dim=128).kv_heads
+    16
+    """
+
+    name: ClassVar[str] = "mla_prefill"
