@@ -11,7 +11,7 @@ For a tile (tm, tn), s parts of k, a step of bk = 128 bytes of k, S SMs at clock
              (W - 1) max(loop, epi) + loop + epi
     t_d    = dram(bytes not found in the L2)
     T      = launch + overlap(t_c, t_d) + [s > 1] (split + fp32 sums through the L2)
-             + spread (1 - 16 / blocks at once)
+             + spread min(blocks / S, 1)
 
 `droop`: long products slow down as the clock gives way to power. `power` caps fp32 lanes, whose
 peak many boards cannot feed: P = R lane_energy against the board's limit, (1 + (P / tdp)^4)^(-1/4).
@@ -54,9 +54,7 @@ COPIES: Final = 5
 """Copies of the weights that a rotated benchmark takes in turn (its publisher's rule)."""
 SKINNY: Final = 32
 """Tiles of at most this many rows serve products of no more rows than the tile has."""
-CROWD: Final = 16
-"""Blocks up to which a kernel's start takes no longer."""
-CHUNK: Final = 256
+CHUNK: Final = 1024
 """Shapes timed at once: with all their kernels they stay in a core's cache."""
 
 JOINT: Final = "joint fit on calib, 2026-11"
@@ -81,7 +79,7 @@ CONSTANTS: Final = (
              start=3e-7, low=1e-8, high=3e-6, spread=0.7),
     Constant(name="split_s", meaning="the second pass that adds the parts of k", unit="s",
              start=2.3e-6, low=3e-7, high=1e-5, spread=0.3),
-    Constant(name="spread_s", meaning="start of many blocks at once, against few", unit="s",
+    Constant(name="spread_s", meaning="start of blocks on all SMs, against few", unit="s",
              start=4e-7, low=1e-8, high=3e-6, spread=0.5),
     Constant(name="ragged_frac", meaning="share of whole-wave quantisation", unit="1",
              start=0.15, low=0.01, high=1.0, fitted=False, source=JOINT),
@@ -101,13 +99,11 @@ _SM100: Final = ((16, 64), (64, 64), (16, 128), (32, 128), (64, 128), (128, 64),
                  (128, 256), (256, 128), (256, 256))  # fmt: skip
 _MENUS: Final[Mapping[str, tuple[tuple[int, int], ...]]] = {"9": _SM90, "10": _SM100}
 SPLITS: Final = (1, 2, 4, 8, 16)
-WIDEST_SPLIT: Final = 2**15
-"""Elements of the largest tile that is ever split: larger ones have work enough."""
 
 
 @dataclass(frozen=True, slots=True)
 class Menu:
-    """Tile sizes and splits of an architecture as flat arrays, one entry a kernel."""
+    """Tiles of an architecture on the last axis but one, splits of k on the last."""
 
     tile_m: Array
     tile_n: Array
@@ -121,9 +117,8 @@ class Menu:
 def menu(compute_capability: str | None) -> Menu:
     """The tiles a library chooses from: sm_80's, but for Hopper and data-centre Blackwell."""
     major = (compute_capability or "").split(".")[0]
-    tiles = _MENUS.get(major, _SM80)
-    kernels = [(tm, tn, s) for tm, tn in tiles for s in SPLITS if s == 1 or tm * tn <= WIDEST_SPLIT]
-    tm, tn, s = (np.array(column, dtype=np.float64) for column in zip(*kernels, strict=True))
+    tm, tn = np.array(_MENUS.get(major, _SM80), dtype=np.float64).T[:, :, None]
+    s = np.array(SPLITS, dtype=np.float64)
     return Menu(tm, tn, s, s > 1, major == "10", major in ("9", "10", "12"))
 
 
@@ -131,21 +126,24 @@ def gemm_seconds(
     op: Product, rates: Rates, constants: Constants, conditions: Conditions
 ) -> KernelTime:
     """Seconds of one product; sizes and rates broadcast, many shapes in chunks."""
-    sizes = np.broadcast_arrays(getattr(op, "batch", 1), op.m, op.n, op.k)
-    sizes = [np.asarray(v, dtype=np.float64) for v in sizes]
-    if sizes[0].ndim == 0 or sizes[0].size <= CHUNK or not _plain(rates):
-        return _timed(op, tuple(v[..., None] for v in sizes), rates.lifted(), constants, conditions)
-    flat = [v.reshape(-1) for v in sizes]
-    parts = [
-        _timed(op, tuple(v[i : i + CHUNK, None] for v in flat), rates, constants, conditions)
-        for i in range(0, len(flat[0]), CHUNK)
-    ]
+    given = (op.batch if isinstance(op, Matmul) else 1, op.m, op.n, op.k)
+    sizes = [np.asarray(v, dtype=np.float64) for v in np.broadcast_arrays(*given)]
     shape = sizes[0].shape
-    seconds = np.concatenate([np.asarray(p.seconds) for p in parts]).reshape(shape)
-    terms: dict[str, Num] = {"launch": constants["launch_s"]}
-    for name in ("compute", "hbm"):
-        terms[name] = np.concatenate([np.asarray(p.terms[name]) for p in parts]).reshape(shape)
-    return KernelTime(seconds, terms)
+    if sizes[0].size <= CHUNK or not _plain(rates):
+        lifted = tuple(v[..., None, None] for v in sizes)
+        moved = rates if _plain(rates) else rates.lifted().lifted()
+        return _timed(op, lifted, moved, constants, conditions)
+    flat = [v.reshape(-1) for v in sizes]
+    found = {name: np.empty(len(flat[0])) for name in ("seconds", "compute", "hbm")}
+    for i in range(0, len(flat[0]), CHUNK):
+        here = slice(i, i + CHUNK)
+        part = tuple(v[here, None, None] for v in flat)
+        time = _timed(op, part, rates, constants, conditions)
+        found["seconds"][here] = time.seconds
+        found["compute"][here], found["hbm"][here] = time.terms["compute"], time.terms["hbm"]
+    whole = {name: values.reshape(shape) for name, values in found.items()}
+    seconds = whole.pop("seconds")
+    return KernelTime(seconds, {"launch": constants["launch_s"], **whole})
 
 
 def _plain(rates: Rates) -> bool:
@@ -156,21 +154,37 @@ def _plain(rates: Rates) -> bool:
 def _timed(
     op: Product, sizes: tuple[Array, ...], r: Rates, c: Constants, conditions: Conditions
 ) -> KernelTime:
-    """Seconds of shapes in the leading axes; kernels of the menu in the last."""
+    """Seconds of shapes in the leading axes; tiles and splits of the menu in the last two."""
     kernels = menu(r.device.compute_capability)
     compute, extra = _compute(op, kernels, sizes, r, c)
     memory = _memory(op, sizes, r, c, conditions)
-    busy = overlap(compute, memory) + extra
+    # the 4-norm of `overlap`, without its guard against overflow: times are below 1e70 s
+    square, memory_square = compute * compute, memory * memory
+    busy = np.sqrt(np.sqrt(square * square + memory_square * memory_square)) + extra
     m = sizes[1]
-    if m.min() > SKINNY:
-        usable: Any = kernels.tile_m > SKINNY
-    else:
-        usable = (kernels.tile_m > SKINNY) | (m <= kernels.tile_m)
-    busy = np.where(usable, busy, np.inf)
-    best = busy.argmin(axis=-1)[..., None]
+    if m.min() <= SKINNY or kernels.tile_m.min() <= SKINNY:
+        busy = np.where((kernels.tile_m > SKINNY) | (m <= kernels.tile_m), busy, np.inf)
+    flat = busy.reshape(*busy.shape[:-2], -1)
+    best = flat.argmin(axis=-1)[..., None]
     launch_s = c["launch_s"]
-    terms = {"launch": launch_s, "compute": _chosen(compute, best), "hbm": _chosen(memory, best)}
-    return KernelTime(launch_s + _chosen(busy, best), terms)
+    terms = {
+        "launch": launch_s,
+        "compute": _chosen(compute.reshape(flat.shape), best),
+        "hbm": _scalar(memory[..., 0, 0]),
+    }
+    return KernelTime(launch_s + _chosen(flat, best), terms)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a menu costs whatever the sizes: seconds of one step along k and of one epilogue by
+    tile; those of adding the parts of k, fixed and per result.
+    """
+
+    step: Any
+    epilogue: Any
+    added: Any
+    added_per_result: Any
 
 
 def _compute(
@@ -178,38 +192,52 @@ def _compute(
 ) -> tuple[Any, Any]:
     """Seconds of all tiles, and of what stands beside them: adding the parts, the start."""
     batch, m, n, k = sizes
-    tm, tn, s = kernels.tile_m, kernels.tile_n, kernels.splits
-    step = STEP_BYTES / op.dtype.bytes_per_element
-    steps = np.ceil(k / (step * s))
-    blocks = batch * np.ceil(m / tm) * np.ceil(n / tn) * s
-    w = blocks / r.num_sms
-    q = c["ragged_frac"]
-    rounds = np.maximum((1 - q) * w + q * np.ceil(w.real), 1.0)
-    loop = steps * _step_seconds(op, kernels, r, c)
+    costs = _prepared(op, kernels, r, c)
+    steps: Any = np.ceil(k / (STEP_BYTES / op.dtype.bytes_per_element * kernels.splits))
     if kernels.droops:
         ideal = 2 * batch * m * n * k / r.matmul_flops_per_s(_math(op))
-        loop = loop * (1 + c["droop"] * np.log1p(ideal / DROOP_S))
-    out_bytes = np.where(kernels.split, 4.0, _out(op))
-    epilogue = c["tile_s"] + tm * tn * out_bytes / (c["store_bytes_per_clk"] * r.clock_hz)
+        steps = steps * (1 + c["droop"] * np.log1p(ideal / DROOP_S))
+    w = batch * np.ceil(m / kernels.tile_m) * np.ceil(n / kernels.tile_n) / r.num_sms
+    w = w * kernels.splits
+    q = c["ragged_frac"]
+    rounds = np.maximum((1 - q) * w + q * np.ceil(w.real), 1.0)
+    loop = steps * costs.step
     if kernels.epilogue_overlaps:
-        tiles = (rounds - 1) * larger(loop, epilogue) + loop + epilogue
+        tiles = (rounds - 1) * larger(loop, costs.epilogue) + (loop + costs.epilogue)
     else:
-        tiles = rounds * (loop + epilogue)
-    summed = 8 * s / (c["sum_bytes_per_clk"] * r.sm_clocks_per_s)
-    extra = np.where(kernels.split, c["split_s"] + summed * (batch * m * n), 0.0)
-    at_once = np.maximum(np.minimum(blocks, r.num_sms), CROWD)
-    return tiles, extra + c["spread_s"] * (1 - CROWD / at_once)
+        tiles = rounds * (loop + costs.epilogue)
+    added = costs.added + costs.added_per_result * (batch * m * n)
+    return tiles, added + c["spread_s"] * np.minimum(w, 1.0)
 
 
-def _step_seconds(op: Product, kernels: Menu, r: Rates, c: Constants) -> Any:
-    """Seconds of one step along k of every tile."""
-    tm, tn = kernels.tile_m, kernels.tile_n
+def _prepared(op: Product, kernels: Menu, r: Rates, c: Constants) -> Prepared:
+    """The menu's costs, kept for the constants and rates that were asked for last."""
+    key = (id(r), id(c), op.dtype, _math(op), _weight(op), _out(op))
+    kept = _KEPT.get(key)
+    if kept is not None and kept[0] is r and kept[1] is c:
+        return kept[2]
+    if len(_KEPT) >= MOST_KEPT:
+        _KEPT.clear()
+    tm, tn, s = kernels.tile_m, kernels.tile_n, kernels.splits
     e = op.dtype.bytes_per_element
     step = STEP_BYTES / e
     rate = r.matmul_flops_per_s(_math(op))
     mma = 2 * tm * tn * step / (rate / r.num_sms * c["mma_frac"] * _power(op, rate, r, c))
     load = (tm * e + tn * _weight(op)) * step / (c["feed_bytes_per_clk"] * r.clock_hz)
-    return overlap(mma, load) + c["step_s"]
+    stored = tm * tn * np.where(kernels.split, 4.0, _out(op))
+    found = Prepared(
+        step=overlap(mma, load) + c["step_s"],
+        epilogue=c["tile_s"] + stored / (c["store_bytes_per_clk"] * r.clock_hz),
+        added=np.where(kernels.split, c["split_s"], 0.0),
+        added_per_result=np.where(kernels.split, 8 * s, 0.0)
+        / (c["sum_bytes_per_clk"] * r.sm_clocks_per_s),
+    )
+    _KEPT[key] = (r, c, found)
+    return found
+
+
+_KEPT: dict[tuple[object, ...], tuple[Rates, Constants, Prepared]] = {}
+MOST_KEPT: Final = 64
 
 
 def _power(op: Product, rate: Num, r: Rates, c: Constants) -> Num:
@@ -253,11 +281,11 @@ def _out(op: Product) -> float:
 
 def _chosen(values: Any, best: NDArray[np.intp]) -> Any:
     """The entry of each shape's best kernel; a scalar for a single shape."""
-    if values.shape[-1] == 1:  # the same for every kernel
-        found = values[..., 0]
-    else:
-        found = np.take_along_axis(values, best, -1)[..., 0]
-    return found.item() if found.ndim == 0 else found
+    return _scalar(np.take_along_axis(values, best, -1)[..., 0])
+
+
+def _scalar(value: Any) -> Any:
+    return value.item() if value.ndim == 0 else value
 
 
 MODEL: Final = KernelModel(name="gemm", ops=(Matmul,), constants=CONSTANTS, timing=gemm_seconds)
