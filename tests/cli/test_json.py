@@ -40,6 +40,7 @@ def test_estimate(capsys: pytest.CaptureFixture[str]) -> None:
     }  # fmt: skip
     assert found["params"] == {
         "m": 1234, "n": 4097, "k": 777, "batch": 1, "dtype": "bf16", "out_dtype": None,
+        "math_dtype": None,
     }  # fmt: skip
     assert found["rung"] == "calibrated" and found["seconds"] == e.seconds > e.lower_s
     assert (found["low_80_s"], found["high_80_s"]) == e.interval(80)
@@ -155,7 +156,7 @@ def test_sweep_equals_single_estimates(capsys: pytest.CaptureFixture[str]) -> No
 def test_sweep_of_two_ops_finds_their_crossover(capsys: pytest.CaptureFixture[str]) -> None:
     found = document(capsys, "sweep", "mamba_scan", "flash_attention_2", "-p", "heads=32",
                      "-p", "batch=1", "-p", "dim=128", "-p", "channels=4096",
-                     "--over", "seq=128:64k:x2")  # fmt: skip
+                     "--over", "seq=128:64k:x2", "--rung", "bound")  # fmt: skip
     (crossing,) = found["crossovers"]
     assert (crossing["faster"], crossing["slower"]) == ("mamba_scan", "flash_attention_2")
     values = found["over"]["values"]

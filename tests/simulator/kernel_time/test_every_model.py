@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from hwmodels import catalog
-from hwmodels.dtypes import BF16, FP16
+from hwmodels.dtypes import BF16, FP16, FP32
 from simulator.estimate import BOUND, estimate
 from simulator.kernel_time.basis import basis
 from simulator.kernel_time.model import REPLAYED, ROTATED, USUAL, Conditions, KernelModel
@@ -128,7 +128,7 @@ def asked_for() -> dict[str, set[str]]:
     """By model, the constants that some op under some conditions reads."""
     found: dict[str, set[str]] = defaultdict(set)
     for name in registry.names():
-        for dtype in (BF16, FP16):
+        for dtype in (BF16, FP16, FP32):
             op = small(name, dtype)
             for l2 in ("cold", REPLAYED, ROTATED):
                 model = model_of(type(op))
@@ -149,7 +149,9 @@ def test_constants_are_declared_once_with_unit_and_meaning(model: KernelModel) -
         assert c.fitted or c.source != "fit", f"{c.name} is fixed and names no source"
         if c.name.endswith("_frac"):
             assert c.high <= 1, c.name
-        if c.name.endswith("_s"):
+        if c.name.endswith("_bytes_per_s"):
+            assert c.unit == "B/s", c.name
+        elif c.name.endswith("_s"):
             assert c.unit == "s", c.name
 
 
