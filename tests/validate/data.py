@@ -27,6 +27,10 @@ EXAMPLES = {
     "attn_fwd_bwd": {**ATTENTION, "seq_q": 1024, "seq_kv": 1024},
     "attn_decode": {**ATTENTION, "seq_q": 1, "seq_kv": 8192},
     "rope": {"tokens": 4096, "heads_q": 32, "heads_kv": 8, "head_dim": 128},
+    **dict.fromkeys(
+        ("moe_ffn_gated", "moe_ffn_nongated"),
+        {"tokens": 512, "hidden": 2048, "inter": 1024, "topk": 4, "experts": 16, "tp": 2, "ep": 2},
+    ),
     "embedding": {"tokens": 4096, "hidden": 4096, "vocab_shard": 32000},
 }
 

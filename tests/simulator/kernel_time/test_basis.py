@@ -26,7 +26,8 @@ def fitted(value: float, **factors: float) -> FittedConstant:
 
 def calibration(device_id: str, half: float = 0.1, **constants: FittedConstant) -> Calibration:
     entry = ModelCalibration(
-        device_id=device_id, date=TODAY, num_rows=100, usual_kernel="", sources=("s",), constants=constants,
+        device_id=device_id, date=TODAY, num_rows=100, usual_kernel="", sources=("s",),
+        constants=constants,
         residuals={"all": residuals(half), "hbm": residuals(half / 2)},
         transfer=residuals(3 * half),
     )  # fmt: skip
