@@ -52,7 +52,8 @@ def test_neighbouring_sizes_jump_only_where_a_tile_or_a_wave_begins() -> None:
         jumps = times[1:] / times[:-1] - 1
         begins = np.isin(m[:-1] % 16, [0])  # every tile of the menu is a multiple of 16 rows
         assert jumps[~begins].max() < 1e-3  # a row more is that many bytes more
-        assert jumps.max() < 0.15 or set(m[:-1][jumps >= 0.15]) <= {16.0, 32.0}
+        large = m[:-1][jumps >= 0.15]  # a skinny tile is full, or a wave is
+        assert set(large) <= {16.0, 32.0, 512.0, 1024.0} and jumps.max() < 0.3
 
 
 def brute_force(op: Matmul, device: str) -> float:
@@ -119,7 +120,7 @@ def test_splitting_pays_for_deep_narrow_products_only() -> None:
 
 
 def test_weights_that_fit_the_l2_are_not_read_again() -> None:
-    assert seconds(16, 2048, 2048, l2=REPLAYED) < 0.8 * seconds(16, 2048, 2048)
+    assert seconds(16, 2048, 2048, l2=REPLAYED) < 0.85 * seconds(16, 2048, 2048)
     assert seconds(16, 32768, 8192, l2=REPLAYED) == pytest.approx(
         seconds(16, 32768, 8192), rel=0.01
     )
