@@ -53,7 +53,7 @@ def test_neighbouring_sizes_jump_only_where_a_tile_or_a_wave_begins() -> None:
         begins = np.isin(m[:-1] % 16, [0])  # every tile of the menu is a multiple of 16 rows
         assert jumps[~begins].max() < 1e-3  # a row more is that many bytes more
         large = m[:-1][jumps >= 0.15]  # a skinny tile is full, or a wave is
-        assert set(large) <= {16.0, 32.0, 512.0, 1024.0} and jumps.max() < 0.3
+        assert len(large) <= 6 and (large % 16 == 0).all() and jumps.max() < 0.3
 
 
 def brute_force(op: Matmul, device: str) -> float:
