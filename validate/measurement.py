@@ -7,6 +7,8 @@ A row that cannot be believed (broken JSON, a negative size, a GPU nobody knows)
     collectives  source,gpu,nodes,gpus,collective,bytes,latency_us
     steps        source,gpu,n_gpus,model,parallelism,precision,metric,value
 
+Rows that are to be predicted and not compared may leave latency_us empty, or the file the column.
+
 The family of a row is its file's name without `kernels_`.
 """
 
@@ -20,7 +22,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NoReturn
+from types import MappingProxyType
+from typing import Any, Final, NoReturn, TypeAlias
 
 from hwmodels import catalog, dtypes
 from hwmodels.errors import InputError
@@ -28,6 +31,9 @@ from hwmodels.errors import InputError
 KERNELS = ("source", "gpu", "op", "dtype", "params", "latency_us")
 COLLECTIVES = ("source", "gpu", "nodes", "gpus", "collective", "bytes", "latency_us")
 STEPS = ("source", "gpu", "n_gpus", "model", "parallelism", "precision", "metric", "value")
+
+NO_DEVICES: Final[Mapping[str, str]] = MappingProxyType({})
+UNKNOWN_GPU: Final = "the GPU is in no catalogue"
 
 TIME_UNITS_S = {"_s": 1.0, "_ms": 1e-3, "_us": 1e-6}
 """Endings of a step metric that make it a time, with their seconds."""
@@ -43,6 +49,7 @@ COMPOUND_DTYPES = frozenset({
 _MAPS = ("add", "add_scalar", "mul", "div", "pow", "relu", "tanh", "gelu", "silu_and_mul")
 _ROWS_COLS = ("rows", "cols", "elements")
 _ATTENTION = ("batch", "heads_q", "heads_kv", "head_dim", "seq_q", "seq_kv")
+_MOE = ("tokens", "hidden", "inter", "topk", "experts", "tp", "ep")
 SIZES: Mapping[str, tuple[str, ...]] = {
     "gemm": ("m", "n", "k"),
     "bmm": ("batch", "m", "n", "k"),
@@ -51,11 +58,21 @@ SIZES: Mapping[str, tuple[str, ...]] = {
     "attn_fwd": _ATTENTION,
     "attn_fwd_bwd": _ATTENTION,
     "attn_decode": _ATTENTION,
+    "mla_decode": ("batch", "heads_q", "seq_q", "seq_kv", "kv_lora", "rope_dim"),
+    **dict.fromkeys(("moe_ffn_gated", "moe_ffn_nongated"), _MOE),
     "softmax": _ROWS_COLS,
     "layernorm": _ROWS_COLS,
     "rmsnorm": _ROWS_COLS,
     **dict.fromkeys((*_MAPS, "quantize_bf16_to_fp8_static"), ("elements",)),
     "rope": ("tokens", "heads_q", "heads_kv", "head_dim"),
+    **dict.fromkeys(
+        ("rnn_fwd", "rnn_bwd_data", "rnn_bwd_weight", "rnn_bwd_all"),
+        ("hidden", "batch", "timesteps"),
+    ),
+    **dict.fromkeys(
+        ("conv2d_fwd", "conv2d_bwd_data", "conv2d_bwd_weight"),
+        ("n", "c", "h", "w", "k", "r", "s", "stride_h", "stride_w"),
+    ),
     "embedding": ("tokens", "hidden", "vocab_shard"),
 }
 """Sizes that an op's params must hold, each a whole number from 1."""
@@ -65,7 +82,8 @@ SIZES: Mapping[str, tuple[str, ...]] = {
 class Measurement:
     """One published time. `seconds` is None where the row states a rate and no time.
 
-    `gpu` is the name as published, `device_id` the catalogue's id for it.
+    `gpu` is the name as published, `device_id` the catalogue's id for it or a device file.
+    `seconds` is NaN in a row yet to be timed, which only `records(need_seconds=False)` lets by.
     """
 
     family: str
@@ -102,6 +120,27 @@ class Readings:
         return Readings(self.rows + other.rows, self.refused + other.refused)
 
 
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One record of a CSV file: the number of its last line, its cells, its text as it stands."""
+
+    number: int
+    cells: tuple[str, ...]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """A file in its order: the header, and every later line with what was made of it.
+
+    A blank line is made nothing of (None).
+    """
+
+    columns: tuple[str, ...]
+    header: Line
+    lines: tuple[tuple[Line, Measurement | Refusal | None], ...]
+
+
 class _Refused(Exception):
     """Raised while one row is parsed; carries the reason."""
 
@@ -132,37 +171,58 @@ def family_of(path: Path) -> str:
     return path.stem.removeprefix("kernels_")
 
 
-def read(path: Path) -> Readings:
+def read(path: Path, devices: Mapping[str, str] = NO_DEVICES) -> Readings:
     """Every row of one file; raises `InputError` where the file as a whole makes no sense."""
-    rows: list[Measurement] = []
-    refused: list[Refusal] = []
+    made = [m for _, m in records(path, devices).lines]
+    return Readings(
+        rows=tuple(m for m in made if isinstance(m, Measurement)),
+        refused=tuple(m for m in made if isinstance(m, Refusal)),
+    )
+
+
+def records(
+    path: Path, devices: Mapping[str, str] = NO_DEVICES, *, need_seconds: bool = True
+) -> Records:
+    """One file line by line; raises `InputError` where it makes no sense as a whole.
+
+    `devices` gives GPU names of the file a meaning: a device's id or the path of its file.
+    Without `need_seconds` a row may leave its latency_us empty, or the file the column.
+    """
     lines = _lines(path)
-    header = next(lines, (0, []))[1]
-    columns = tuple(cell.strip() for cell in header)
-    if columns not in _PARSERS:
+    header = next(lines, Line(0, (), ""))
+    columns = tuple(cell.strip() for cell in header.cells)
+    known = _PARSERS if need_seconds else {**_PARSERS, **_UNTIMED}
+    if columns not in known:
         shown = ",".join(columns)[:60] or "nothing"
         raise InputError(
             f"{path}: line 1 holds {shown!r}, not a known header; "
             f"kernel files start with {','.join(KERNELS)}"
         )
-    family, parse = family_of(path), _PARSERS[columns]
-    for line, cells in lines:
-        if not cells:
-            continue
-        try:
-            if len(cells) != len(columns):
-                _refuse("the row has too few fields" if len(cells) < len(columns) else
-                        "the row has too many fields")  # fmt: skip
-            rows.append(parse(family, dict(zip(columns, cells, strict=True))))
-        except _Refused as why:
-            refused.append(_refusal(family, path, line, columns, cells, str(why)))
-    if not rows and not refused:
+    parse, reader = known[columns], _Reader(family_of(path), devices, need_seconds)
+    found = tuple((line, _made(reader, parse, path, columns, line)) for line in lines)
+    if not any(made for _, made in found):
         raise InputError(f"{path}: a header and no rows; add rows or leave the file out")
-    return Readings(tuple(rows), tuple(refused))
+    return Records(columns, header, found)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """The lines of a CSV file with their numbers."""
+def _made(
+    reader: _Reader, parse: _Parse, path: Path, columns: Sequence[str], line: Line
+) -> Measurement | Refusal | None:
+    """What a line says, or why it is not believed."""
+    cells = line.cells
+    if not cells:
+        return None
+    try:
+        if len(cells) != len(columns):
+            few = len(cells) < len(columns)
+            _refuse(f"the row has too {'few' if few else 'many'} fields")
+        return parse(reader, dict(zip(columns, cells, strict=True)))
+    except _Refused as why:
+        return _refusal(reader.family, path, line.number, columns, cells, str(why))
+
+
+def _lines(path: Path) -> Iterator[Line]:
+    """The records of a CSV file; one may span lines."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -173,10 +233,18 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     if not text.strip():
         raise InputError(f"{path}: is empty; a kernel file starts with {','.join(KERNELS)}")
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    taken: list[str] = []
+
+    def taking() -> Iterator[str]:
+        for line in io.StringIO(text, newline=""):
+            taken.append(line)
+            yield line
+
+    reader = csv.reader(taking(), strict=True)
     try:
         for cells in reader:
-            yield reader.line_num, cells
+            yield Line(reader.line_num, tuple(cells), "".join(taken))
+            taken.clear()
     except csv.Error as error:
         raise InputError(
             f"{path}: line {reader.line_num} is not CSV ({error}); "
@@ -203,41 +271,58 @@ def _refusal(
 # ---- the three schemas -----------------------------------------------------------------------
 
 
-def _kernel(family: str, row: Mapping[str, str]) -> Measurement:
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """What rows of one file have in common."""
+
+    family: str
+    devices: Mapping[str, str]
+    need_seconds: bool
+
+    def device_id(self, gpu: str) -> str:
+        return self.devices[gpu] if gpu in self.devices else _device_id(gpu)
+
+    def seconds(self, row: Mapping[str, str]) -> float:
+        if not self.need_seconds and not row.get("latency_us", "").strip():
+            return math.nan
+        return _positive(row["latency_us"], "latency_us") * 1e-6
+
+
+def _kernel(reader: _Reader, row: Mapping[str, str]) -> Measurement:
     return Measurement(
-        family=family,
+        family=reader.family,
         source=row["source"],
         gpu=row["gpu"],
-        device_id=_device_id(row["gpu"]),
+        device_id=reader.device_id(row["gpu"]),
         op=_named(row["op"], "op"),
         dtype=_dtype(row["dtype"]),
         params=_params(row["params"], SIZES.get(row["op"], ())),
-        seconds=_positive(row["latency_us"], "latency_us") * 1e-6,
+        seconds=reader.seconds(row),
     )
 
 
-def _collective(family: str, row: Mapping[str, str]) -> Measurement:
+def _collective(reader: _Reader, row: Mapping[str, str]) -> Measurement:
     names = ("nodes", "gpus", "bytes")
     return Measurement(
-        family=family,
+        family=reader.family,
         source=row["source"],
         gpu=row["gpu"],
-        device_id=_device_id(row["gpu"]),
+        device_id=reader.device_id(row["gpu"]),
         op=_named(row["collective"], "collective"),
         dtype="",
         params={name: _whole(name, _positive(row[name], name)) for name in names},
-        seconds=_positive(row["latency_us"], "latency_us") * 1e-6,
+        seconds=reader.seconds(row),
     )
 
 
-def _step(family: str, row: Mapping[str, str]) -> Measurement:
+def _step(reader: _Reader, row: Mapping[str, str]) -> Measurement:
     metric, value = _named(row["metric"], "metric"), _positive(row["value"], "value")
     unit_s = _time_unit_s(metric)
     return Measurement(
-        family=family,
+        family=reader.family,
         source=row["source"],
         gpu=row["gpu"],
-        device_id=_device_id(row["gpu"]),
+        device_id=reader.device_id(row["gpu"]),
         op=metric,
         dtype=_dtype(row["precision"]),
         params={
@@ -250,11 +335,16 @@ def _step(family: str, row: Mapping[str, str]) -> Measurement:
     )
 
 
-_PARSERS: Mapping[tuple[str, ...], Callable[[str, Mapping[str, str]], Measurement]] = {
+_Parse: TypeAlias = Callable[[_Reader, Mapping[str, str]], Measurement]
+_PARSERS: Mapping[tuple[str, ...], _Parse] = MappingProxyType({
     KERNELS: _kernel,
     COLLECTIVES: _collective,
     STEPS: _step,
-}
+})  # fmt: skip
+_UNTIMED: Mapping[tuple[str, ...], _Parse] = MappingProxyType({
+    KERNELS[:-1]: _kernel,
+    COLLECTIVES[:-1]: _collective,
+})  # fmt: skip
 
 
 def _time_unit_s(metric: str) -> float | None:
@@ -284,7 +374,7 @@ def _resolved(gpu: str) -> str | None:
 
 def _device_id(gpu: str) -> str:
     found = _resolved(gpu)
-    return found if found is not None else _refuse("the GPU is in no catalogue")
+    return found if found is not None else _refuse(UNKNOWN_GPU)
 
 
 def _named(text: str, column: str) -> str:

@@ -54,6 +54,8 @@ COPIES: Final = 5
 """Copies of the weights that a rotated benchmark takes in turn (its publisher's rule)."""
 SKINNY: Final = 32
 """Tiles of at most this many rows serve products of no more rows than the tile has."""
+GIVEN: Final = "given"
+"""Stands for the state of the L2 where the traffic is given."""
 CHUNK: Final = 1024
 """Shapes timed at once: with all their kernels they stay in a core's cache."""
 
@@ -123,22 +125,31 @@ def menu(compute_capability: str | None) -> Menu:
 
 
 def gemm_seconds(
-    op: Product, rates: Rates, constants: Constants, conditions: Conditions
+    op: Product,
+    rates: Rates,
+    constants: Constants,
+    conditions: Conditions,
+    moved_bytes: Num | None = None,
 ) -> KernelTime:
-    """Seconds of one product; sizes and rates broadcast, many shapes in chunks."""
-    given = (op.batch if isinstance(op, Matmul) else 1, op.m, op.n, op.k)
+    """Seconds of one product; sizes and rates broadcast, many shapes in chunks.
+
+    `moved_bytes` replaces the operands' own traffic where a product is only how something else
+    is computed (the images of a convolution).
+    """
+    own = 0.0 if moved_bytes is None else moved_bytes
+    given = (op.batch if isinstance(op, Matmul) else 1, op.m, op.n, op.k, own)
     sizes = [np.asarray(v, dtype=np.float64) for v in np.broadcast_arrays(*given)]
     shape = sizes[0].shape
     if sizes[0].size <= CHUNK or not _plain(rates):
         lifted = tuple(v[..., None, None] for v in sizes)
         moved = rates if _plain(rates) else rates.lifted().lifted()
-        return _timed(op, lifted, moved, constants, conditions)
+        return _timed(op, lifted, moved, constants, _memory_of(moved_bytes, conditions))
     flat = [v.reshape(-1) for v in sizes]
     found = {name: np.empty(len(flat[0])) for name in ("seconds", "compute", "hbm")}
     for i in range(0, len(flat[0]), CHUNK):
         here = slice(i, i + CHUNK)
         part = tuple(v[here, None, None] for v in flat)
-        time = _timed(op, part, rates, constants, conditions)
+        time = _timed(op, part, rates, constants, _memory_of(moved_bytes, conditions))
         found["seconds"][here] = time.seconds
         found["compute"][here], found["hbm"][here] = time.terms["compute"], time.terms["hbm"]
     whole = {name: values.reshape(shape) for name, values in found.items()}
@@ -146,18 +157,21 @@ def gemm_seconds(
     return KernelTime(seconds, {"launch": constants["launch_s"], **whole})
 
 
+def _memory_of(moved_bytes: Num | None, conditions: Conditions) -> str:
+    """The state of the L2, or that the traffic is given."""
+    return conditions.l2 if moved_bytes is None else GIVEN
+
+
 def _plain(rates: Rates) -> bool:
     """Are the rates numbers, not arrays of moved ones?"""
     return not isinstance(rates.hbm_bytes_per_s, np.ndarray)
 
 
-def _timed(
-    op: Product, sizes: tuple[Array, ...], r: Rates, c: Constants, conditions: Conditions
-) -> KernelTime:
+def _timed(op: Product, sizes: tuple[Array, ...], r: Rates, c: Constants, l2: str) -> KernelTime:
     """Seconds of shapes in the leading axes; tiles and splits of the menu in the last two."""
     kernels = menu(r.device.compute_capability)
     compute, extra = _compute(op, kernels, sizes, r, c)
-    memory = _memory(op, sizes, r, c, conditions)
+    memory = _memory(op, sizes, r, c, l2)
     # the 4-norm of `overlap`, without its guard against overflow: times are below 1e70 s
     square, memory_square = compute * compute, memory * memory
     busy = np.sqrt(np.sqrt(square * square + memory_square * memory_square)) + extra
@@ -191,7 +205,7 @@ def _compute(
     op: Product, kernels: Menu, sizes: tuple[Array, ...], r: Rates, c: Constants
 ) -> tuple[Any, Any]:
     """Seconds of all tiles, and of what stands beside them: adding the parts, the start."""
-    batch, m, n, k = sizes
+    batch, m, n, k = sizes[:4]
     costs = _prepared(op, kernels, r, c)
     steps: Any = np.ceil(k / (STEP_BYTES / op.dtype.bytes_per_element * kernels.splits))
     if kernels.droops:
@@ -248,18 +262,18 @@ def _power(op: Product, rate: Num, r: Rates, c: Constants) -> Num:
     return (1 + wanted**4) ** -0.25
 
 
-def _memory(
-    op: Product, sizes: tuple[Array, ...], r: Rates, c: Constants, conditions: Conditions
-) -> Any:
+def _memory(op: Product, sizes: tuple[Array, ...], r: Rates, c: Constants, l2: str) -> Any:
     """Seconds of device-memory traffic: what the L2 does not already hold."""
-    batch, m, n, k = sizes
+    batch, m, n, k, own = sizes
     weights = batch * k * n * _weight(op)
     others = batch * m * (k * op.dtype.bytes_per_element + n * _out(op))
-    if conditions.l2 == COLD:
+    if l2 == GIVEN:
+        moved = own
+    elif l2 == COLD:
         moved = weights + others
     else:
         kept = c["l2_frac"] * r.l2_bytes
-        copies = COPIES if conditions.l2 == ROTATED else 1
+        copies = COPIES if l2 == ROTATED else 1
         moved = weights * cold_frac(copies * weights + others, kept)
         moved = moved + others * cold_frac(weights + others, kept)
     return dram_seconds(moved, r.hbm_bytes_per_s * c["hbm_frac"], c["ramp_s"])

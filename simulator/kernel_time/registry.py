@@ -7,9 +7,11 @@ from typing import Final
 
 from hwmodels.errors import InputError
 from simulator.kernel_time import (
+    attention_backward,
     attention_decode,
     attention_prefill,
     collective,
+    conv2d,
     gemm,
     general,
     moe,
@@ -30,7 +32,9 @@ MODELS: Final[tuple[KernelModel, ...]] = (
     rnn.MODEL,
     attention_prefill.MODEL,
     attention_prefill.MLA,
+    attention_backward.MODEL,
     streaming.MODEL,
+    conv2d.MODEL,
     general.MODEL,
 )
 

@@ -10,7 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from validate.adapters import attention, elementwise, gemm
+from validate.adapters import (
+    attention_decode,
+    attention_prefill,
+    collective,
+    conv2d,
+    elementwise,
+    gemm,
+    mla_decode,
+    mla_prefill,
+    moe,
+    rnn,
+)
 from validate.adapters.part import Part, Uncounted
 from validate.measurement import Measurement
 
@@ -21,8 +32,15 @@ TRAINING_FAMILY = "steps_training"
 
 ADAPTERS: Final[Mapping[str, Callable[[Measurement], tuple[Part, ...]]]] = {
     **gemm.ADAPTERS,
-    **attention.ADAPTERS,
+    **attention_prefill.ADAPTERS,
+    **mla_prefill.ADAPTERS,
+    **attention_decode.ADAPTERS,
+    **mla_decode.ADAPTERS,
     **elementwise.ADAPTERS,
+    **moe.ADAPTERS,
+    **collective.ADAPTERS,
+    **rnn.ADAPTERS,
+    **conv2d.ADAPTERS,
 }
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final
 
+from hwmodels import catalog
 from hwmodels.dtypes import BF16, FP8, DType
+from simulator.kernel_time.attention_prefill import MMA
 from simulator.kernel_time.model import REPLAYED, Conditions
+from validate.adapters.attention import attention_sizes
 from validate.adapters.part import PLAIN, Part, framework, last_name, part, uncounted
 from validate.measurement import Measurement
 from workloads.ops.attention import StandardAttention
@@ -14,7 +17,7 @@ from workloads.ops.flash_attention_backward import FlashAttention2Backward
 from workloads.ops.prefill_attention import PrefillAttention
 
 KERNELS: Final[Mapping[str, str]] = {
-    "flash_attention": "fa2",
+    "flash_attention": "fa3",
     "vllm_flash_attn": "fa2",
     "vllm_flash_attn_fa2": "fa2",
     "vllm_vit_flash_attn_fa2": "fa2",
@@ -33,7 +36,11 @@ KERNELS: Final[Mapping[str, str]] = {
     "flashinfer": "flashinfer",
     "triton": "triton",
 }
-"""What publishers call a kernel, and the kernel it is."""
+"""What publishers call a kernel, and the kernel it is. SGLang's flash_attention is
+FlashAttention-3, which has kernels for sm_80 beside those for sm_90."""
+
+MMA_MAJORS: Final = ("7", "8", "12")
+"""Compute capabilities, major, whose only matrix instruction is warp-level mma.sync (PTX ISA)."""
 
 WIDE: Final = 256
 """Wider heads run on kernels of their own."""
@@ -41,6 +48,11 @@ WIDE: Final = 256
 FORMATS: Final[Mapping[str, tuple[DType, DType]]] = {
     **{label: (dtype, BF16 if dtype == FP8 else dtype) for label, dtype in PLAIN.items()},
 }
+COMPILED: Final = (64, 128, 192, 256)
+"""Head widths that FlashAttention runs as they are; its callers copy others to a wider layout."""
+ENCODES: Final = "attn_prefill_noncausal"
+ENCODER: Final[Mapping[str, str]] = {"trtllm": "-vision+packing"}
+"""What frameworks do beside attention in vision towers; TensorRT-LLM reorders Q, K and V first."""
 UNFUSED: Final = frozenset({"standard", "pytorch"})
 
 
@@ -71,32 +83,34 @@ def figure(row: Measurement) -> tuple[Part, ...]:
     return (forward, part(FlashAttention2Backward, sizes, run, causal=causal, dtype=dtype))
 
 
-def attention_sizes(row: Measurement) -> dict[str, int]:
-    """The sizes common to all attention ops."""
-    p = row.params
-    if p["heads_q"] % p["heads_kv"]:
-        uncounted("the query heads are no multiple of the KV heads")
-    return {
-        "batch": p["batch"],
-        "num_heads": p["heads_q"],
-        "num_kv_heads": p["heads_kv"],
-        "len_q": p["seq_q"],
-        "len_kv": p["seq_kv"],
-        "head_dim": p["head_dim"],
-    }
-
-
 def conditions(row: Measurement) -> Conditions:
-    """The framework and the kernel; encoders and wide heads are told apart."""
-    name = last_name(row)
-    kernel = KERNELS.get(name, "")
-    if not kernel:
+    """The framework and the kernel it called."""
+    name = KERNELS.get(last_name(row), "")
+    if not name:
         return Conditions(l2=REPLAYED)
-    caller = framework(row)
-    if row.op == "attn_prefill_noncausal":
-        caller += "-vision"
-    wide = "-wide" if row.params["head_dim"] > WIDE else ""
-    return Conditions(kernel=f"{caller}:{kernel}{wide}", l2=REPLAYED)
+    does = ENCODER.get(framework(row), "-vision") if row.op == ENCODES else "+cache"
+    name, caller = _variant(row, name, framework(row) + does)
+    return Conditions(kernel=f"{caller}:{name}", l2=REPLAYED)
+
+
+def _variant(row: Measurement, name: str, caller: str) -> tuple[str, str]:
+    """The variant of a kernel that serves a row, and its caller with what it does besides."""
+    p, capability = row.params, catalog.device(row.device_id).compute_capability or ""
+    width, group = p["head_dim"], p["heads_q"] // p["heads_kv"]
+    if name.startswith("fa") and row.op == ENCODES:
+        caller += "" if width in COMPILED else "+padded"
+        name = "fa3-encoder" if name == "fa3" else name
+    if name == "fa3" and width == 192 and framework(row) == "sglang":
+        return "fa3-256", caller
+    if name == "fa2" and p["seq_q"] == 1 and group > 1:
+        regroups = p["batch"] > 1 and p["heads_kv"] > 1
+        return "fa2-one", caller + ("+regrouped" if regroups else "")
+    if name == "trtllm" and capability.startswith("10"):
+        name = "trtllm-gen" if width % 16 == 0 else "fmha-v2"
+    if width > WIDE:
+        return f"{name}-wide", caller
+    mma = capability.split(".")[0] in MMA_MAJORS and name != "fa2"
+    return name + (MMA if mma else ""), caller
 
 
 def _formats(row: Measurement) -> tuple[DType, DType]:

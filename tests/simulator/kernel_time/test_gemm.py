@@ -51,7 +51,7 @@ def test_neighbouring_sizes_jump_only_where_a_tile_or_a_wave_begins() -> None:
         times = np.asarray(predict(Matmul(m=m, **fixed), on=H100).seconds)
         jumps = times[1:] / times[:-1] - 1
         begins = np.isin(m[:-1] % 16, [0])  # every tile of the menu is a multiple of 16 rows
-        assert jumps[~begins].max() < 1e-3  # a row more is that many bytes more
+        assert jumps[~begins].max() < 5e-3  # a row more is that many bytes more
         large = m[:-1][jumps >= 0.15]  # a skinny tile is full, or a wave is
         assert len(large) <= 6 and (large % 16 == 0).all() and jumps.max() < 0.3
 

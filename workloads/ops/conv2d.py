@@ -1,0 +1,138 @@
+"""Two-dimensional convolutions: direct counts, and those of Winograd's minimal filtering.
+
+With batch N, channels C to K, output P x Q and filters R x S, every direction multiplies
+
+    direct     2 N K P Q C R S flops
+    winograd   the same / 4 for 3 x 3 filters of stride 1: F(4 x 4, 3 x 3) takes 36 products where
+               direct filtering takes 144 (Lavin and Gray 2016, arXiv 1509.09308, section 4.1)
+
+Directions: 'fwd' y = x * w, 'bwd_data' dx from dy and w, 'bwd_weight' dw from x and dy. Bytes are
+x, w and y (or their gradients) once. The algorithm 'best' is what a library picks by trying: it
+counts as the cheaper one. Transforms are additions; 4 an element of each tensor are counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Final
+
+from hwmodels.dtypes import FP32, DType
+from hwmodels.errors import UnknownNameError
+from workloads.numeric import Condition, Num, ceil_div, where
+from workloads.op import Op
+from workloads.work import Work
+
+DIRECTIONS: Final = ("fwd", "bwd_data", "bwd_weight")
+ALGORITHMS: Final = ("direct", "winograd", "best")
+TILE: Final = 4
+"""Outputs of one Winograd tile along each axis."""
+SAVING: Final = 4.0
+"""Products of direct filtering over those of F(4 x 4, 3 x 3): 144 / 36."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conv2d(Op):
+    """One convolution; sizes of the input, the filter and the output (which say the padding).
+
+    >>> op = Conv2d(batch=16, in_channels=64, height=56, width=56, out_channels=64,
+    ...             out_height=56, out_width=56)
+    >>> op.direct_flops() == 2 * 16 * 64 * 56 * 56 * 64 * 9, op.output_bytes() == 4 * 16 * 64 * 56**2
+    (True, True)
+    """
+
+    name: ClassVar[str] = "conv2d"
+    batch: Num = 1
+    in_channels: Num
+    height: Num
+    width: Num
+    out_channels: Num
+    out_height: Num
+    out_width: Num
+    kernel_h: Num = 3
+    kernel_w: Num = 3
+    stride: Num = 1
+    direction: str = "fwd"
+    algorithm: str = "direct"
+    dtype: DType = FP32
+    math_dtype: DType | None = None
+
+    def check(self) -> None:
+        """A known direction and algorithm."""
+        if self.direction not in DIRECTIONS:
+            raise UnknownNameError("conv2d direction", self.direction, list(DIRECTIONS))
+        if self.algorithm not in ALGORITHMS:
+            raise UnknownNameError("conv2d algorithm", self.algorithm, list(ALGORITHMS))
+
+    @property
+    def computed_dtype(self) -> DType:
+        """Format of the products."""
+        return self.math_dtype or self.dtype
+
+    def direct_flops(self) -> Num:
+        """2 N K P Q C R S."""
+        outputs = self.batch * self.out_channels * self.out_height * self.out_width
+        return 2 * outputs * self.in_channels * self.kernel_h * self.kernel_w
+
+    def takes_winograd(self) -> Condition:
+        """Is it a 3 x 3 filter of stride 1, and allowed to use it?"""
+        fits = (self.kernel_h == 3) & (self.kernel_w == 3) & (self.stride == 1)
+        return fits & (self.algorithm != "direct")
+
+    def min_flops(self) -> Mapping[DType, Num]:
+        """Direct flops, or a quarter where Winograd's filtering applies."""
+        direct = self.direct_flops()
+        return {self.computed_dtype: where(self.takes_winograd(), direct / SAVING, direct)}
+
+    def input_bytes(self) -> Num:
+        """x, or its gradient."""
+        pixels = self.batch * self.in_channels * self.height * self.width
+        return pixels * self.dtype.bytes_per_element
+
+    def output_bytes(self) -> Num:
+        """y, or its gradient."""
+        pixels = self.batch * self.out_channels * self.out_height * self.out_width
+        return pixels * self.dtype.bytes_per_element
+
+    def filter_bytes(self) -> Num:
+        """w, or its gradient."""
+        taps = self.out_channels * self.in_channels * self.kernel_h * self.kernel_w
+        return taps * self.dtype.bytes_per_element
+
+    def as_product(self) -> tuple[Num, Num, Num]:
+        """m, n and k of the matrix product that computes the same directly."""
+        pixels = self.batch * self.out_height * self.out_width
+        taps = self.kernel_h * self.kernel_w
+        if self.direction == "fwd":
+            return pixels, self.out_channels, self.in_channels * taps
+        if self.direction == "bwd_weight":
+            return self.out_channels, self.in_channels * taps, pixels
+        sites = self.batch * self.height * self.width
+        return sites, self.in_channels, ceil_div(self.out_channels * taps * pixels, sites)
+
+    def winograd_tiles(self) -> Num:
+        """Output tiles of 4 x 4 in all images."""
+        return self.batch * ceil_div(self.out_height, TILE) * ceil_div(self.out_width, TILE)
+
+    def compulsory_bytes(self) -> Num:
+        """Two tensors in, one out."""
+        return self.input_bytes() + self.output_bytes() + self.filter_bytes()
+
+    def work(self, fast_bytes: Num) -> Work:
+        """Every tensor once; transforms of the cheaper algorithm as vector flops."""
+        written = {
+            "fwd": self.output_bytes, "bwd_data": self.input_bytes,
+            "bwd_weight": self.filter_bytes,
+        }[self.direction]()  # fmt: skip
+        elements = self.compulsory_bytes() / self.dtype.bytes_per_element
+        return Work(
+            tensor_flops=dict(self.min_flops()),
+            vector_flops=where(self.takes_winograd(), 4.0 * elements, 0.0 * elements),
+            read_bytes=self.compulsory_bytes() - written,
+            write_bytes=written,
+            launches=1,
+        )
+
+    def tiling(self, fast_bytes: Num) -> Mapping[str, Num]:
+        """No tile is chosen: the counts do not depend on one."""
+        return {}
