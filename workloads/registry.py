@@ -67,6 +67,12 @@ _OPS: Final[Mapping[str, Entry]] = {
     "flash_attention_2_backward": Entry(
         "flash_attention_backward", "FlashAttention2Backward", "fused attention, backward"
     ),
+    "prefill_attention": Entry(
+        "prefill_attention", "PrefillAttention", "fused attention over a prompt, with windows"
+    ),
+    "mla_prefill": Entry(
+        "prefill_attention", "MlaPrefill", "latent attention over a prompt, heads expanded"
+    ),
     "mamba_scan": Entry("selective_scan", "SelectiveScan", "fused selective scan"),
     "mamba_scan_unfused": Entry(
         "selective_scan", "SelectiveScanUnfused", "selective scan, states written to memory"
@@ -88,8 +94,14 @@ _OPS: Final[Mapping[str, Entry]] = {
     "elementwise": Entry("elementwise", "Elementwise", "pointwise map over arrays"),
     "rope": Entry("rope", "Rope", "rotary position embedding"),
     "adam_step": Entry("adam", "AdamStep", "fused Adam update of all parameters"),
+    "moe_ffn": Entry("moe_ffn", "MoeFfn", "routed experts of one rank, forward"),
     "embedding": Entry("embedding", "Embedding", "table lookup, forward"),
     "embedding_backward": Entry("embedding", "EmbeddingBackward", "table lookup, backward"),
+    "conv2d": Entry("conv2d", "Conv2d", "two-dimensional convolution, direct or Winograd"),
+    "rnn": Entry("rnn", "Rnn", "recurrent layer: vanilla, GRU or LSTM, forward or backward"),
+    "collective": Entry(
+        "collective_transfer", "CollectiveTransfer", "a collective of a communication library"
+    ),
 }
 
 # A word -> the fields it may mean, best first; an alternative counts when the op has all of it.

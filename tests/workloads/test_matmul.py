@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hwmodels.dtypes import BF16, FP8, FP32, FP64
+from hwmodels.dtypes import BF16, FP8, FP16, FP32, FP64
 from hwmodels.errors import InputError
 from tests.workloads.proof import assert_proved, proves
-from workloads.ops.matmul import A_STAYS, B_STAYS, C_STAYS, Matmul
+from workloads.ops.matmul import A_STAYS, B_STAYS, C_STAYS, BatchedMatmul, Matmul
 
 shapes = st.builds(
     Matmul,
@@ -20,10 +20,26 @@ shapes = st.builds(
     out_dtype=st.sampled_from([None, BF16, FP32]),
 )
 
+batches = st.builds(
+    BatchedMatmul,
+    m=st.integers(1, 30),
+    n=st.integers(1, 30),
+    k=st.integers(1, 30),
+    batch=st.integers(1, 5),
+    dtype=st.sampled_from([BF16, FP16]),
+    math_dtype=st.sampled_from([None, FP32]),
+)
+
 
 @proves("matmul", shapes=300)
 @given(op=shapes, fast_bytes=st.integers(600, 40_000))
 def test_program_counts_what_the_closed_form_says(op: Matmul, fast_bytes: int) -> None:
+    assert_proved(op, fast_bytes)
+
+
+@proves("batched_matmul", shapes=200)
+@given(op=batches, fast_bytes=st.integers(600, 20_000))
+def test_batches_are_counted_like_their_products(op: BatchedMatmul, fast_bytes: int) -> None:
     assert_proved(op, fast_bytes)
 
 

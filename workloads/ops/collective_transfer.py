@@ -40,7 +40,7 @@ class CollectiveTransfer(Op):
     """
 
     name: ClassVar[str] = "collective"
-    kind: str
+    kind: str = "all_reduce"
     num_bytes: Num
     num_ranks: Num
     num_nodes: Num = 1

@@ -42,7 +42,7 @@ class Rnn(Op):
     """
 
     name: ClassVar[str] = "rnn"
-    cell: str
+    cell: str = "lstm"
     hidden: Num
     batch: Num
     num_steps: Num

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ from workloads import registry
 from workloads.op import Op
 
 DEVICES = ("h100-sxm", "a100-sxm4-80gb", "b200-sxm", "rtx-pro-6000-blackwell-server", "mi300x")
+KERNELS = ("custom-vllm", "vllm:fa3", "sglang:triton")
+"""Labels under which some model does more than for the usual kernel."""
 RATES = [field for field in PATHS if field != "num_sms"]
 """More SMs at the same peak are smaller SMs: no rate."""
 
@@ -130,10 +132,11 @@ def asked_for() -> dict[str, set[str]]:
     for name in registry.names():
         for dtype in (BF16, FP16, FP32):
             op = small(name, dtype)
-            for l2 in ("cold", REPLAYED, ROTATED):
-                model = model_of(type(op))
+            model = model_of(type(op))
+            for l2, kernel in product(("cold", REPLAYED, ROTATED), ("", *KERNELS)):
                 reads = Reads(model.nominal())
-                model.time(op, rates_of(catalog.device("h100-sxm")), reads, Conditions(l2=l2))
+                conditions = Conditions(l2=l2, kernel=kernel)
+                model.time(op, rates_of(catalog.device("h100-sxm")), reads, conditions)
                 found[model.name] |= reads.asked
     return found
 
