@@ -25,6 +25,7 @@ class Batch:
     op: Op
     conditions: Conditions
     where: NDArray[np.intp]
+    flag: str = ""
 
 
 def batches(rows: Sequence[Measurement]) -> tuple[tuple[Batch, ...], tuple[str | None, ...]]:
@@ -34,7 +35,14 @@ def batches(rows: Sequence[Measurement]) -> tuple[tuple[Batch, ...], tuple[str |
     for i, row in enumerate(rows):
         try:
             for part in parts(row):
-                key = (row.device_id, part.op, part.fixed, part.conditions, tuple(part.sizes))
+                key = (
+                    row.device_id,
+                    part.op,
+                    part.fixed,
+                    part.conditions,
+                    part.flag,
+                    tuple(part.sizes),
+                )
                 alike[key].append((i, part))
         except Uncounted as why:
             reasons[i] = str(why)
@@ -61,4 +69,4 @@ def _built(
         yield from _built(device_id, members[half:], reasons)
     else:
         where = np.array([i for i, _ in members], dtype=np.intp)
-        yield Batch(device_id, op, part.conditions, where)
+        yield Batch(device_id, op, part.conditions, where, part.flag)

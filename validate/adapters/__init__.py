@@ -21,6 +21,8 @@ from validate.adapters import (
     mla_prefill,
     moe,
     rnn,
+    scan,
+    unknown,
 )
 from validate.adapters.part import Part, Uncounted
 from validate.measurement import Measurement
@@ -40,6 +42,7 @@ ADAPTERS: Final[Mapping[str, Callable[[Measurement], tuple[Part, ...]]]] = {
     **moe.ADAPTERS,
     **collective.ADAPTERS,
     **rnn.ADAPTERS,
+    **scan.ADAPTERS,
     **conv2d.ADAPTERS,
 }
 
@@ -53,9 +56,7 @@ def parts(row: Measurement) -> tuple[Part, ...]:
     if row.seconds is None:
         raise Uncounted("the metric is not a time")
     adapter = ADAPTERS.get(row.op)
-    if adapter is None:
-        raise Uncounted(f"no op for {row.op} yet")
-    return adapter(row)
+    return unknown.parts_of(row, ADAPTERS) if adapter is None else adapter(row)
 
 
 def is_training_step(row: Measurement) -> bool:

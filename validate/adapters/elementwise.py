@@ -58,13 +58,16 @@ def _norm(op: type[Op]) -> Callable[[Measurement], tuple[Part, ...]]:
 
 
 def _softmax(row: Measurement) -> tuple[Part, ...]:
-    """PyTorch stages a long row in shared memory only where it is aligned and fits."""
+    """PyTorch stages a long row in shared memory only where it is aligned and fits.
+
+    LLMCompass timed a release from before the staging.
+    """
     cols, dtype = row.params["cols"], plain_dtype(row)
     conditions = _conditions(row)
     row_bytes = cols * dtype.bytes_per_element
     if cols > WARP_COLS and row_bytes % VECTOR_BYTES:
         conditions = replace(conditions, kernel="unaligned")
-    elif cols > WARP_COLS and row_bytes > STAGED_BYTES:
+    elif cols > WARP_COLS and (row_bytes > STAGED_BYTES or row.source.startswith("llmcompass/")):
         conditions = replace(conditions, kernel="unstaged")
     sizes = {"rows": row.params["rows"], "cols": cols}
     return (part(Softmax, sizes, conditions, dtype=dtype),)

@@ -21,12 +21,16 @@ class Uncounted(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One op of a row: its class, the fields that may not become arrays, its sizes, its run."""
+    """One op of a row: its class, the fields that may not become arrays, its sizes, its run.
+
+    `flag` says what to doubt beyond the prediction's own interval; empty for a known op.
+    """
 
     op: type[Op]
     fixed: tuple[tuple[str, Any], ...]
     sizes: Mapping[str, int]
     conditions: Conditions = USUAL
+    flag: str = ""
 
 
 def part(

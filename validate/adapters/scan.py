@@ -121,10 +121,10 @@ def _mamba(row: Measurement) -> tuple[Part, ...]:
         "head_dim": p["head_dim"],
         "num_groups": p["groups"],
         "state_dim": p["d_state"],
-        "chunk": p["chunk"],
     }
     kernel = "ssd-partial" if p["seq"] % p["chunk"] else "ssd"
-    return (part(MambaChunkScan, sizes, _replayed(kernel), dtype=plain_dtype(row)),)
+    conditions, dtype = _replayed(kernel), plain_dtype(row)
+    return (part(MambaChunkScan, sizes, conditions, dtype=dtype, chunk=p["chunk"]),)
 
 
 def _depthwise(row: Measurement) -> tuple[Part, ...]:
