@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,7 @@ from hwmodels.calibration import Calibration
 from hwmodels.device import Device, MemoryLevel
 from hwmodels.dtypes import FP32
 from hwmodels.errors import UnknownNameError, UnsupportedError
+from simulator.kernel_time.basis import remembered
 from simulator.kernel_time.model import USUAL, Conditions
 from simulator.kernel_time.predict import Prediction, predict
 from workloads.numeric import Num, maximum
@@ -143,23 +144,24 @@ def estimate(
     """
     if rung not in RUNGS:
         raise UnknownNameError("rung", rung, list(RUNGS))
-    bound = _bound(op, on)
-    if rung == BOUND:
-        return bound
-    try:
-        found = predict(op, on=on, conditions=conditions, calibrations=calibrations)
-    except UnsupportedError as why:
-        return replace(bound, notes=(*bound.notes, f"no prediction beyond the bound: {why}"))
-    return replace(bound, rung=found.rung, prediction=found, notes=(*bound.notes, *found.notes))
+    found: Prediction | None = None
+    more: tuple[str, ...] = ()
+    if rung == BEST:
+        try:
+            found = predict(op, on=on, conditions=conditions, calibrations=calibrations)
+            more = found.notes
+        except UnsupportedError as why:
+            more = (f"no prediction beyond the bound: {why}",)
+    return _with_bound(op, on, found, more)
 
 
-def _bound(op: Op, on: Device) -> Estimate:
-    """The bound rung."""
+def _with_bound(op: Op, on: Device, found: Prediction | None, more: tuple[str, ...]) -> Estimate:
+    """The roofline of every memory level, beside the prediction where there is one."""
     seconds: dict[str, Num] = {}
     level_bytes: dict[str, Num] = {}
     unrated: list[str] = []
     work: Work | None = None
-    for slow, fast_bytes, private in boundaries(on):
+    for slow, fast_bytes, private in _boundaries(on):
         work_here = op.work(fast_bytes)
         level_bytes[slow.name] = work_here.bytes
         if work is None or private:
@@ -174,12 +176,13 @@ def _bound(op: Op, on: Device) -> Estimate:
     return Estimate(
         op=op,
         device=on,
-        rung=BOUND,
+        rung=BOUND if found is None else found.rung,
         work=work,
         seconds_by_resource=compute | seconds,
         bytes_by_level=level_bytes,
         unrated=(*unrated_units, *unrated),
-        notes=notes,
+        notes=(*notes, *more),
+        prediction=found,
     )
 
 
@@ -202,6 +205,9 @@ def boundaries(device: Device) -> tuple[tuple[MemoryLevel, float, bool], ...]:
         everything += fast.capacity_bytes * fast.num_units
         found.append((slow, own if private else everything, private))
     return tuple(found)
+
+
+_boundaries = remembered(boundaries)
 
 
 def compute_seconds(

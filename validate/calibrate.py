@@ -39,10 +39,13 @@ from validate.batches import batches
 from validate.fitting import Fit, Floats, Problem, fit, problem_of
 from validate.measurement import Measurement
 from validate.runs import digest
+from workloads.ops.collective_transfer import CollectiveTransfer
 
 FOLDS: Final = 5
 MIN_ROWS: Final = 20
 """Fewest rows a model is calibrated on."""
+MOST_OF_A_KIND: Final = 60
+"""Rows of one class of op that the general path is fitted on."""
 MIN_REGIME: Final = 40
 """Fewest rows a regime needs for residuals of its own."""
 DIGEST_CHARS: Final = 16
@@ -85,7 +88,8 @@ def calibrate(
         used |= set(problem.rows.tolist())
     if (wanted is None or general.MODEL.name in wanted) and found:
         progress(f"{device_id}: general")
-        problem = with_prior(problem_of(device_id, found, seconds, general.MODEL), donors)
+        able = [b for b in found if not isinstance(b.op, CollectiveTransfer)]
+        problem = with_prior(problem_of(device_id, able, seconds, general.MODEL), donors)
         if problem.batches and len(problem.rows) >= MIN_ROWS:
             fitted |= _general(problem, mine, today)
             used |= set(problem.rows.tolist())
@@ -175,21 +179,33 @@ def _fitted(
 def _general(
     problem: Problem, rows: Sequence[Measurement], today: datetime.date
 ) -> dict[str, ModelCalibration]:
-    """The general path on every op: the folds are whole op classes, as its users' ops are new."""
-    whole = fit(problem)
+    """The general path on many kinds of op: the folds are whole classes, as its users' ops are new.
+
+    Evenly sampled over the classes, so that it speaks of kernels at large, not of the commonest.
+    """
     kinds = np.array(["" for _ in rows], dtype=object)
     for batch in problem.batches:
         kinds[batch.where] = batch.op.name
-    names = sorted(set(kinds[problem.rows]))
+    use = _even_sample(problem, kinds)
+    whole = fit(problem, use)
     errors = np.full(len(rows), np.nan)
-    for name in names:
-        held = problem.rows[kinds[problem.rows] == name]
-        kept = problem.rows[kinds[problem.rows] != name]
+    for name in sorted(set(kinds[use])):
+        held, kept = use[kinds[use] == name], use[kinds[use] != name]
         theta = fit(problem, kept, whole.theta).theta if len(kept) >= MIN_ROWS else whole.theta
         errors[held] = np.log(problem.seconds[held] / problem.predicted(theta)[held])
     model = general.MODEL
     nowhere = np.full(len(rows), None, dtype=object)
     return {model.name: _entry(problem, whole, model, errors, nowhere, rows, today)}
+
+
+def _even_sample(problem: Problem, kinds: Any) -> Any:
+    """At most `MOST_OF_A_KIND` rows of every class of op."""
+    rng = np.random.default_rng(SEED)
+    chosen = []
+    for name in sorted(set(kinds[problem.rows])):
+        rows = problem.rows[kinds[problem.rows] == name]
+        chosen.append(rng.permutation(rows)[:MOST_OF_A_KIND])
+    return np.sort(np.concatenate(chosen))
 
 
 def cross_validated(problem: Problem, whole: Fit, rows: Sequence[Measurement]) -> Floats:
@@ -243,6 +259,7 @@ def _entry(
             [b.where for b, m in zip(problem.batches, problem.models, strict=True) if m is model]
         )
     )
+    mine = mine[np.isfinite(errors[mine])]
     groups: dict[str, list[int]] = defaultdict(list)
     for i in mine:
         for group in residual_groups(*regimes[i]) if regimes[i] else ():
@@ -263,9 +280,10 @@ def _entry(
 def _usual_kernel(problem: Problem, model: KernelModel) -> str:
     """The label most rows carry, figures and rows without one aside; '' where there is none."""
     rows: dict[str, int] = defaultdict(int)
-    for batch, used in zip(problem.batches, problem.models, strict=True):
-        kernel = batch.conditions.kernel
-        if used is model and kernel and not kernel.startswith("figure"):
+    each = zip(problem.batches, problem.models, problem.labels, strict=True)
+    for batch, used, labels in each:
+        kernel = labels.get("kernel", "")
+        if used is model and kernel and not batch.conditions.kernel.startswith("figure"):
             rows[kernel] += len(batch.where)
     return max(rows, key=lambda kernel: (rows[kernel], kernel)) if rows else ""
 

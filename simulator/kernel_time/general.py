@@ -25,7 +25,7 @@ from workloads.op import Op
 
 CONSTANTS: Final = (
     Constant(name="launch_s", meaning="floor of one kernel", unit="s",
-             start=3e-6, low=2e-7, high=4e-5, by=("kernel",)),
+             start=3e-6, low=2e-7, high=4e-5),
     Constant(name="mma_frac", meaning="sustained share of the peak matrix rate", unit="1",
              start=0.6, low=0.05, high=1.0),
     Constant(name="vector_frac", meaning="sustained share of the fp32 lanes", unit="1",

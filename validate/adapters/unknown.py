@@ -50,7 +50,7 @@ def stored_dtype(label: str) -> DType:
 def parts_of(row: Measurement, known: Mapping[str, Adapter]) -> tuple[Part, ...]:
     """The flagged parts of a row whose op has no adapter; raises `Uncounted` naming its sizes."""
     p = row.params
-    family = next((op for op, sizes in LOOK_ALIKES if sizes <= p.keys()), None)
+    family = next((op for op, sizes in LOOK_ALIKES if sizes <= p.keys()), _recurrence(row))
     if family is not None and family in known:
         op = _by_queries(family, row)
         like = dataclasses.replace(row, op=op, dtype=_like_dtype(row, op))
@@ -75,6 +75,27 @@ LOOK_ALIKES: Final = (
     ("gemm", {"m", "n", "k"}),
 )
 """Known ops by the sizes they need, the most demanding first."""
+
+
+def _recurrence(row: Measurement) -> str | None:
+    """Of the known linear recurrences the one whose sizes the row states, by what its name says."""
+    name, sizes = row.op.lower(), row.params.keys()
+    step = any(word in name for word in STEPWISE)
+    if {"heads_k", "dk", "heads_v", "dv", "d_model", "d_conv", "batch", "seq"} <= sizes:
+        if "conv" in name:
+            return f"gdn_{_CONV[step]}"
+        rule = "generation_fused_recurrent" if step else "context_chunk"
+        return f"gdn_{rule}_gated_delta_rule"
+    if {"d_state", "heads", "head_dim", "groups", "batch", "seq", "d_conv"} <= sizes:
+        if "conv" in name:
+            return f"mamba2_{_CONV[step]}"
+        return None if step else "mamba2_context_mamba_chunk_scan_combined"
+    return None
+
+
+_CONV: Final = {True: "generation_causal_conv1d_update", False: "context_causal_conv1d_fn"}
+STEPWISE: Final = ("generation", "recurrent", "update", "decode", "step")
+"""Words that tell one token a sequence from a prompt."""
 
 
 def _by_queries(family: str, row: Measurement) -> str:

@@ -53,6 +53,30 @@ def test_sizes_tell_what_an_op_is_like(params: dict[str, object], name: str) -> 
     assert 1e-7 < float(found.seconds[0]) < 1e-2
 
 
+GDN = DELTA | {"d_conv": 4}
+MAMBA = {"batch": 2, "seq": 128, "tokens": 256, "d_model": 1024, "d_conv": 4, "d_state": 128,
+         "heads": 16, "head_dim": 64, "groups": 1, "chunk": 128}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("op", "params", "like"),
+    [
+        ("kda_context_chunk", GDN, "gdn_context_chunk_gated_delta_rule"),
+        ("kda_generation_recurrent", GDN | {"seq": 1},
+         "gdn_generation_fused_recurrent_gated_delta_rule"),
+        ("kda_context_conv1d", GDN, "gdn_context_causal_conv1d_fn"),
+        ("kda_conv1d_update", GDN | {"seq": 1}, "gdn_generation_causal_conv1d_update"),
+        ("mamba3_scan", MAMBA, "mamba2_context_mamba_chunk_scan_combined"),
+        ("mamba3_conv1d_update", MAMBA | {"seq": 1}, "mamba2_generation_causal_conv1d_update"),
+    ],
+)  # fmt: skip
+def test_recurrences_are_taken_for_their_nearest_kin(
+    op: str, params: dict[str, object], like: str
+) -> None:
+    (guessed,), (known,) = parts(row(params, op)), parts(row(params, like))
+    assert (guessed.op, guessed.sizes, guessed.flag) == (known.op, known.sizes, FLAG)
+
+
 def test_a_known_op_carries_no_flag() -> None:
     (part,) = parts(row({"m": 8, "n": 64, "k": 32}, "gemm"))
     assert part.flag == ""
