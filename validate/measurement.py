@@ -33,6 +33,9 @@ COLLECTIVES = ("source", "gpu", "nodes", "gpus", "collective", "bytes", "latency
 STEPS = ("source", "gpu", "n_gpus", "model", "parallelism", "precision", "metric", "value")
 
 NO_DEVICES: Final[Mapping[str, str]] = MappingProxyType({})
+MAX_LINES: Final = 50
+"""Most lines that one record may span."""
+_OPEN_QUOTE: Final = "unexpected end of data"
 UNKNOWN_GPU: Final = "the GPU is in no catalogue"
 
 TIME_UNITS_S = {"_s": 1.0, "_ms": 1e-3, "_us": 1e-6}
@@ -50,6 +53,8 @@ _MAPS = ("add", "add_scalar", "mul", "div", "pow", "relu", "tanh", "gelu", "silu
 _ROWS_COLS = ("rows", "cols", "elements")
 _ATTENTION = ("batch", "heads_q", "heads_kv", "head_dim", "seq_q", "seq_kv")
 _MOE = ("tokens", "hidden", "inter", "topk", "experts", "tp", "ep")
+_GDN = ("batch", "seq", "d_conv", "heads_k", "dk", "heads_v", "dv")
+_MAMBA = ("batch", "seq", "d_conv", "d_state", "heads", "head_dim", "groups", "chunk")
 SIZES: Mapping[str, tuple[str, ...]] = {
     "gemm": ("m", "n", "k"),
     "bmm": ("batch", "m", "n", "k"),
@@ -74,6 +79,28 @@ SIZES: Mapping[str, tuple[str, ...]] = {
         ("n", "c", "h", "w", "k", "r", "s", "stride_h", "stride_w"),
     ),
     "embedding": ("tokens", "hidden", "vocab_shard"),
+    **dict.fromkeys(
+        (
+            "gdn_context_causal_conv1d_fn",
+            "gdn_generation_causal_conv1d_update",
+            "gdn_context_chunk_gated_delta_rule",
+            "gdn_context_chunk_gated_delta_rule_flashinfer",
+            "gdn_context_chunk_gated_delta_rule_triton",
+            "gdn_generation_fused_recurrent_gated_delta_rule",
+            "gdn_generation_fused_recurrent_gated_delta_rule_packed_decode",
+        ),
+        _GDN,
+    ),
+    **dict.fromkeys(
+        (
+            "mamba2_context_causal_conv1d_fn",
+            "mamba2_generation_causal_conv1d_update",
+            "mamba2_context_mamba_chunk_scan_combined",
+        ),
+        _MAMBA,
+    ),
+    "depthwise_conv1d_fwd": ("batch", "seq", "d_model", "kernel"),
+    "fftconv_gated_fwd": ("batch", "seq", "d_model"),
 }
 """Sizes that an op's params must hold, each a whole number from 1."""
 
@@ -122,11 +149,15 @@ class Readings:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One record of a CSV file: the number of its last line, its cells, its text as it stands."""
+    """One record of a CSV file: the number of its last line, its cells, its text as it stands.
+
+    `problem` says why the text is not CSV; there are no cells then.
+    """
 
     number: int
     cells: tuple[str, ...]
     text: str
+    problem: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +221,7 @@ def records(
     """
     lines = _lines(path)
     header = next(lines, Line(0, (), ""))
+    _check_csv(path, [header])
     columns = tuple(cell.strip() for cell in header.cells)
     known = _PARSERS if need_seconds else {**_PARSERS, **_UNTIMED}
     if columns not in known:
@@ -200,6 +232,7 @@ def records(
         )
     parse, reader = known[columns], _Reader(family_of(path), devices, need_seconds)
     found = tuple((line, _made(reader, parse, path, columns, line)) for line in lines)
+    _check_csv(path, [line for line, made in found if made])
     if not any(made for _, made in found):
         raise InputError(f"{path}: a header and no rows; add rows or leave the file out")
     return Records(columns, header, found)
@@ -210,15 +243,26 @@ def _made(
 ) -> Measurement | Refusal | None:
     """What a line says, or why it is not believed."""
     cells = line.cells
-    if not cells:
+    if not cells and not line.problem:
         return None
     try:
+        if line.problem:
+            _refuse("the row is not CSV: put params between double quotes, double those inside")
         if len(cells) != len(columns):
             few = len(cells) < len(columns)
             _refuse(f"the row has too {'few' if few else 'many'} fields")
         return parse(reader, dict(zip(columns, cells, strict=True)))
     except _Refused as why:
         return _refusal(reader.family, path, line.number, columns, cells, str(why))
+
+
+def _check_csv(path: Path, lines: Sequence[Line]) -> None:
+    """A file without a single line of CSV is none."""
+    if lines and all(line.problem for line in lines):
+        raise InputError(
+            f"{path}: line {lines[0].number} is not CSV ({lines[0].problem}); "
+            "put params between double quotes and double the quotes inside"
+        )
 
 
 def _lines(path: Path) -> Iterator[Line]:
@@ -233,23 +277,27 @@ def _lines(path: Path) -> Iterator[Line]:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     if not text.strip():
         raise InputError(f"{path}: is empty; a kernel file starts with {','.join(KERNELS)}")
-    taken: list[str] = []
+    lines = list(io.StringIO(text, newline=""))
+    at = 0
+    while at < len(lines):
+        line = _record(lines, at)
+        at = line.number
+        yield line
 
-    def taking() -> Iterator[str]:
-        for line in io.StringIO(text, newline=""):
-            taken.append(line)
-            yield line
 
-    reader = csv.reader(taking(), strict=True)
-    try:
-        for cells in reader:
-            yield Line(reader.line_num, tuple(cells), "".join(taken))
-            taken.clear()
-    except csv.Error as error:
-        raise InputError(
-            f"{path}: line {reader.line_num} is not CSV ({error}); "
-            "put params between double quotes and double the quotes inside"
-        ) from None
+def _record(lines: Sequence[str], at: int) -> Line:
+    """The record that begins at a line; that line alone, with its problem, where it is not CSV."""
+    problem = ""
+    for end in range(at + 1, min(at + MAX_LINES, len(lines)) + 1):
+        try:
+            cells = next(csv.reader(lines[at:end], strict=True), [])
+        except csv.Error as error:
+            problem = problem or str(error)
+            if str(error) != _OPEN_QUOTE:
+                break
+        else:
+            return Line(end, tuple(cells), "".join(lines[at:end]))
+    return Line(at + 1, (), lines[at], problem)
 
 
 def _refusal(

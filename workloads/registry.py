@@ -73,6 +73,10 @@ _OPS: Final[Mapping[str, Entry]] = {
     "mla_prefill": Entry(
         "prefill_attention", "MlaPrefill", "latent attention over a prompt, heads expanded"
     ),
+    "decode_attention": Entry(
+        "decode_attention", "DecodeAttention", "attention of one new token over a cache"
+    ),
+    "mla_decode": Entry("decode_attention", "MlaDecode", "latent attention of one new token"),
     "mamba_scan": Entry("selective_scan", "SelectiveScan", "fused selective scan"),
     "mamba_scan_unfused": Entry(
         "selective_scan", "SelectiveScanUnfused", "selective scan, states written to memory"
@@ -96,6 +100,11 @@ _OPS: Final[Mapping[str, Entry]] = {
     "adam_step": Entry("adam", "AdamStep", "fused Adam update of all parameters"),
     "moe_ffn": Entry("moe_ffn", "MoeFfn", "routed experts of one rank, forward"),
     "embedding": Entry("embedding", "Embedding", "table lookup, forward"),
+    "row_map": Entry("row_map", "RowMap", "pointwise map, a thread block a row"),
+    "short_conv": Entry("short_conv", "ShortConv", "short depthwise causal convolution"),
+    "gated_delta_rule": Entry("delta_rule", "GatedDeltaRule", "gated delta rule in chunks"),
+    "gated_delta_step": Entry("delta_rule", "GatedDeltaStep", "gated delta rule, one new token"),
+    "mamba2_chunk_scan": Entry("chunk_scan", "MambaChunkScan", "Mamba-2 scan in chunks"),
     "embedding_backward": Entry("embedding", "EmbeddingBackward", "table lookup, backward"),
     "conv2d": Entry("conv2d", "Conv2d", "two-dimensional convolution, direct or Winograd"),
     "rnn": Entry("rnn", "Rnn", "recurrent layer: vanilla, GRU or LSTM, forward or backward"),

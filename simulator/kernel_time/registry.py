@@ -17,6 +17,7 @@ from simulator.kernel_time import (
     moe,
     quantised_gemm,
     rnn,
+    scan,
     streaming,
 )
 from simulator.kernel_time.model import KernelModel
@@ -31,8 +32,11 @@ MODELS: Final[tuple[KernelModel, ...]] = (
     collective.MODEL,
     rnn.MODEL,
     attention_prefill.MODEL,
-    attention_prefill.MLA,
     attention_backward.MODEL,
+    scan.SHORT_CONV,
+    scan.DELTA_STEP,
+    scan.DELTA_RULE,
+    scan.CHUNK_SCAN,
     streaming.MODEL,
     conv2d.MODEL,
     general.MODEL,

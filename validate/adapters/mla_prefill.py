@@ -18,12 +18,12 @@ CACHED: Final[Mapping[str, DType]] = {"bf16_kvbf16": BF16, "bf16_kvfp8": BF16}
 """Format of the products by label: the cache's own format is unpacked before them."""
 
 KERNELS: Final[Mapping[str, str]] = {
-    "vllm_flash_attn_mla": "fa3",
-    "vllm_flashmla": "fa3",
-    "vllm_triton_mla": "fa2",
+    "vllm_flash_attn_mla": "fa3-latent",
+    "vllm_flashmla": "fa3-latent",
+    "vllm_triton_mla": "fa2-latent",
     "trtllm_mla": "trtllm-gen",
 }
-"""What publishers name is the backend that decodes; prompts run on these."""
+"""What publishers name is the backend that decodes; prompts run on these, keys not paged."""
 
 ISSUED: Final = "vllm-0.14"
 """The publisher's runs whose floor of 150 us and more says that kernels were issued one by one."""

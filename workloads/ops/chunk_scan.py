@@ -1,4 +1,4 @@
-"""Mamba-2's state-space duality: a scan in chunks, by matrix products (arXiv 2405.21060, section 6).
+"""Mamba-2's state-space duality: a scan in chunks, by products (arXiv 2405.21060, section 6).
 
     h_t = a_t h_{t-1} + dt_t B_t x_t^T,    y_t = C_t^T h_t
 
@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from hwmodels.dtypes import BF16, FP32, DType
 from workloads.numeric import Num, ceil_div, minimum
-from workloads.op import Op
+from workloads.op import Op, checked_size
 from workloads.work import Work
 
 
@@ -38,9 +38,13 @@ class MambaChunkScan(Op):
     head_dim: Num = 64
     num_groups: Num = 1
     state_dim: Num = 128
-    chunk: Num = 256
+    chunk: int = 256
     dtype: DType = BF16
     state_dtype: DType = FP32
+
+    def check(self) -> None:
+        """A chunk is one whole number of tokens: a choice of the kernel, not a size."""
+        checked_size(self.name, "chunk", self.chunk)
 
     def num_chunks(self) -> Num:
         """Chunks of one sequence."""

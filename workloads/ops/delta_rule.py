@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from hwmodels.dtypes import BF16, FP32, DType
 from workloads.numeric import Num, ceil_div, minimum
-from workloads.op import Op
+from workloads.op import Op, checked_size
 from workloads.work import Work
 
 GATE_BYTES = 4
@@ -78,7 +78,11 @@ class GatedDeltaRule(DeltaRule):
 
     name: ClassVar[str] = "gated_delta_rule"
     len_seq: Num
-    chunk: Num = 64
+    chunk: int = 64
+
+    def check(self) -> None:
+        """A chunk is one whole number of tokens: a choice of the kernel, not a size."""
+        checked_size(self.name, "chunk", self.chunk)
 
     def num_chunks(self) -> Num:
         """Chunks of one sequence."""
