@@ -24,6 +24,7 @@ COMMANDS: Final = (
     "sweep",
     "roofline",
     "plan",
+    "predict",
     "validate",
     "calibrate",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,17 +11,22 @@ from cli.quantity import shown
 from hwmodels.errors import InputError
 
 if TYPE_CHECKING:
-    from validate.measurement import Readings
+    from validate.measurement import Readings, Refusal
 
 
-def read_all(path: Path, family: str | None = None) -> Readings:
-    """All readable files; the unreadable ones are named on stderr unless there are no others."""
+def read_all(
+    path: Path, family: str | None = None, devices: Mapping[str, str] | None = None
+) -> Readings:
+    """All readable files; the unreadable ones are named on stderr unless there are no others.
+
+    `devices` says what GPU names of the files mean, as `cli.given.devices` made it.
+    """
     from validate.measurement import Readings, csv_files, read
 
     readings, errors = Readings(), []
     for file in csv_files(path, family):
         try:
-            readings += read(file)
+            readings += read(file, devices or {})
         except InputError as error:
             errors.append(str(error))
     if not readings.rows and not readings.refused:
@@ -36,3 +42,18 @@ def read_all(path: Path, family: str | None = None) -> Readings:
             file=sys.stderr,
         )
     return readings
+
+
+def unknown_gpu_hint(refused: Iterable[Refusal]) -> str:
+    """How to go on where rows name a GPU that no catalogue holds; empty where none does."""
+    from validate.measurement import UNKNOWN_GPU
+
+    names = dict.fromkeys(r.gpu for r in refused if r.reason == UNKNOWN_GPU)
+    if not names:
+        return ""
+    first = shown(next(iter(names)))
+    more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+    return (
+        f"GPU {first!r}{more} is in no catalogue; describe it in a TOML file like those "
+        f"of hwmodels/data/devices and give --device '{first}=FILE.toml'"
+    )

@@ -1,50 +1,73 @@
 """Predicted against measured: errors by family, GPU, op and dtype.
 
-Every row that was read ends up in exactly one of three places: predicted (`n`), without a count
-(`unsupported`, with a reason) or refused by the reader (also `unsupported`).
+Every row that was read ends up in exactly one of four places: predicted (`n`), without a
+prediction (`unsupported`, with a reason), refused by the reader, or refused as evidence because a
+calibration its prediction rests on was fitted on it (both also `unsupported`, with that reason).
 
-    ape  = |predicted - measured| / measured
-    bias = exp(mean(log(predicted / measured))) - 1
+    ape      = |predicted - measured| / measured
+    bias     = exp(mean(log(predicted / measured))) - 1
+    coverage = share of rows with low <= measured <= high, for the 80 and the 90 % interval
 
-All figures are fractions. On the bound rung the prediction is `lower_s`, so a negative bias is
-expected and a row measured faster than the bound is a finding: `faster_than_bound` counts them
-all, `faster_than_bound_warm` those of them that a warm cache explains. A replayed kernel finds up
-to one L2 full of its bytes there, so it may be as fast as
-
-    warm_s = max(every other resource, (device memory bytes - L2 capacity) / bandwidth)
-
-and no faster; where all bytes fit, device memory drops out altogether.
+All figures are fractions. Predictions stand on the best rung there is; `roofline_mape` is the
+error of the bound rung on the same rows. That one is no prediction: a row measured faster than the
+bound is a finding. `faster_than_bound` counts them all, `faster_than_bound_warm` those of them
+that a warm L2 explains (`validate.predictions`).
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hwmodels import catalog
-from hwmodels.device import Device
-from hwmodels.errors import InputError, UnsupportedError
-from simulator.estimate import BOUND, Estimate, estimate
-from validate.adapters import Part, Uncounted, parts
+from hwmodels.calibration import Calibration
+from simulator.estimate import BEST
 from validate.measurement import Measurement, Refusal
-from workloads.numeric import Num, maximum
+from validate.predictions import SCOPES, Predictions, fitted_on, predict
+
+__all__ = [
+    "Ablation", "Comparison", "Errors", "Points", "Table", "Unsupported", "compare", "errors",
+    "predict",
+]  # fmt: skip
 
 VERSION = 1
 SLACK_FRAC = 1e-9
 """A row this little below the bound equals it; rounding of the sum of a few terms."""
+OWN_ROW = "own row: the calibration was fitted on it"
 
 Group: TypeAlias = tuple[str, str, str, str]
 Floats: TypeAlias = NDArray[np.float64]
+Texts: TypeAlias = NDArray[np.object_]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Errors:
+    """Errors over some rows, fractions; None where there are no rows (or none with a bound)."""
+
+    n: int
+    mape: float | None = None
+    median_ape: float | None = None
+    p90_ape: float | None = None
+    bias: float | None = None
+    coverage_80: float | None = None
+    coverage_90: float | None = None
+    roofline_mape: float | None = None
+    faster_than_bound: int = 0
+    faster_than_bound_warm: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """Errors of one family, GPU, op and dtype; None where no row was predicted."""
+    """Errors of one family, GPU, op and dtype; None where no row was predicted.
+
+    `calibration` joins the ids of the devices whose constants were used with '+'; `rung`, `scope`
+    and `model` join what occurs among the rows in the same way. `flagged` counts predicted rows
+    that were recognised by the names of their params alone.
+    """
 
     family: str
     gpu: str
@@ -62,6 +85,10 @@ class Table:
     roofline_mape: float | None = None
     faster_than_bound: int = 0
     faster_than_bound_warm: int = 0
+    rung: str | None = None
+    scope: str | None = None
+    model: str | None = None
+    flagged: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,13 +103,76 @@ class Unsupported:
     n: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Points:
+    """The rows that count as evidence, one entry each; seconds, `lower_s` NaN without a bound."""
+
+    family: Texts
+    gpu: Texts
+    device_id: Texts
+    op: Texts
+    dtype: Texts
+    source: Texts
+    rung: Texts
+    scope: Texts
+    model: Texts
+    calibration: Texts
+    flagged: NDArray[np.bool_]
+    measured_s: Floats
+    predicted_s: Floats
+    low_80_s: Floats
+    high_80_s: Floats
+    low_90_s: Floats
+    high_90_s: Floats
+    lower_s: Floats
+    warm_s: Floats
+
+    def __len__(self) -> int:
+        return len(self.measured_s)
+
+    def at(self, where: Any) -> Points:
+        """The entries that a mask or an array of indices picks."""
+        return Points(**{f.name: getattr(self, f.name)[where] for f in fields(self)})
+
+    def groups(self, *names: str) -> dict[tuple[str, ...], Points]:
+        """The entries by the values of the columns named, sorted."""
+        members: dict[tuple[str, ...], list[int]] = defaultdict(list)
+        for i, key in enumerate(zip(*(getattr(self, n) for n in names), strict=True)):
+            members[key].append(i)
+        return {key: self.at(np.array(members[key])) for key in sorted(members)}
+
+    def joined(self, name: str) -> str | None:
+        """The distinct values of a column of '+'-joined texts, joined; None where there is none."""
+        found = {part for text in set(getattr(self, name)) for part in text.split("+") if part}
+        order = SCOPES.index if name == "scope" else str
+        return "+".join(sorted(found, key=order)) or None  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ablation:
+    """What each step of calibration is worth: errors (MAPE) of one family on one GPU, same rows.
+
+    `bound`: the roofline; `nominal`: the model with its constants' start values; `borrowed`: with
+    the constants of other devices only; `best`: with the device's own calibration if it has one.
+    """
+
+    family: str
+    gpu: str
+    n: int
+    bound: float | None
+    nominal: float
+    borrowed: float
+    best: float
+
+
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """The outcome of `compare`; `n` and `unsupported` of the tables add up to the rows given."""
 
     tables: tuple[Table, ...]
     unsupported: tuple[Unsupported, ...]
-    rung: str = BOUND
+    points: Points
+    rung: str = BEST
 
     def as_dict(self) -> dict[str, Any]:
         """The one JSON document: plain numbers, strings and None."""
@@ -94,129 +184,165 @@ class Comparison:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class Predictions:
-    """Bounds in row order: of a cold and of a replayed kernel, NaN where `reasons` has one."""
+def compare(
+    rows: Sequence[Measurement],
+    refused: Iterable[Refusal] = (),
+    calibrations: Sequence[Calibration] | None = None,
+) -> Comparison:
+    """Predict every row and hold it against its measurement.
 
-    lower_s: Floats
-    warm_s: Floats
-    reasons: tuple[str | None, ...]
-
-
-def compare(rows: Sequence[Measurement], refused: Iterable[Refusal] = ()) -> Comparison:
-    """Predict every row and hold it against its measurement."""
-    found = predict(rows)
-    indices: dict[Group, list[int]] = defaultdict(list)
-    reasons: Counter[tuple[Group, str]] = Counter()
-    for i, row in enumerate(rows):
-        reason = found.reasons[i]
-        if reason is None:
-            indices[_group(row)].append(i)
-        else:
-            reasons[_group(row), reason] += 1
+    `calibrations` replace the shipped ones.
+    """
+    found = predict(rows, calibrations)
+    reasons = _reasons(rows, found, calibrations)
+    counted: Counter[tuple[Group, str]] = Counter()
+    for row, reason in zip(rows, reasons, strict=True):
+        if reason is not None:
+            counted[_group(row), reason] += 1
     for refusal in refused:
-        reasons[_group(refusal), f"refused: {refusal.reason}"] += 1
-    without: Counter[Group] = Counter()
-    for (group, _), n in reasons.items():
-        without[group] += n
-    groups = sorted(indices.keys() | without.keys())
+        counted[_group(refusal), f"refused: {refusal.reason}"] += 1
+    points = _points(rows, found, [i for i, reason in enumerate(reasons) if reason is None])
     return Comparison(
-        tables=tuple(_table(g, indices.get(g, []), without[g], rows, found) for g in groups),
+        tables=tuple(_tables(points, counted)),
         unsupported=tuple(
             Unsupported(**_labels(group), reason=reason, n=n)
-            for (group, reason), n in sorted(reasons.items())
+            for (group, reason), n in sorted(counted.items())
         ),
+        points=points,
     )
 
 
-def predict(rows: Sequence[Measurement]) -> Predictions:
-    """The bound of every row, with one array-valued op for all rows that allow it."""
-    lower_s, warm_s = np.zeros(len(rows)), np.zeros(len(rows))
-    reasons: list[str | None] = [None] * len(rows)
-    alike: dict[Any, list[tuple[int, Part]]] = defaultdict(list)
+def ablate(
+    rows: Sequence[Measurement], calibrations: Sequence[Calibration] | None = None
+) -> tuple[Ablation, ...]:
+    """The error on each rung of calibration, over the rows that count as evidence for the last."""
+    best = predict(rows, calibrations)
+    reasons = _reasons(rows, best, calibrations)
+    nominal = predict(rows, ())
+    borrowed = predict(rows, calibrations, withhold_own=True)
+    members: dict[tuple[str, str], list[int]] = defaultdict(list)
     for i, row in enumerate(rows):
-        try:
-            for part in parts(row):
-                key = (row.device_id, part.op, part.fixed, tuple(part.sizes))
-                alike[key].append((i, part))
-        except Uncounted as why:
-            reasons[i] = str(why)
-    for (device_id, *_), members in alike.items():
-        for where, cold, warm, reason in _bounds(catalog.device(device_id), members):
-            # add.at and not +=: a row may hold the same op twice
-            np.add.at(lower_s, where, cold)
-            np.add.at(warm_s, where, warm)
-            for i in where if reason else ():
-                reasons[i] = reason
-    missing = np.array([r is not None for r in reasons], dtype=bool)
-    lower_s[missing] = warm_s[missing] = np.nan
-    return Predictions(lower_s, warm_s, tuple(reasons))
+        if reasons[i] is None:
+            members[row.family, row.gpu].append(i)
+    return tuple(
+        _ablation(key, np.array(members[key]), rows, (nominal, borrowed, best))
+        for key in sorted(members)
+    )
 
 
-def replayed_s(e: Estimate) -> Num:
-    """The bound of a kernel that finds one L2 full of its bytes in the L2: `warm_s` above."""
-    above, memory = e.device.memory[-2], e.device.hbm
-    longest: Num = 0.0
-    for resource, seconds in e.seconds_by_resource.items():
-        if resource == memory.name and memory.bytes_per_s is not None:
-            seconds = seconds - above.capacity_bytes * above.num_units / memory.bytes_per_s
-        longest = maximum(longest, seconds)
-    return longest
-
-
-def _bounds(
-    device: Device, members: Sequence[tuple[int, Part]]
-) -> Iterator[tuple[list[int], Floats, Floats, str | None]]:
-    """Rows, their cold and warm bounds and perhaps a reason, for parts that differ in size only.
-
-    Where an op refuses some sizes, the rows are halved until the refused ones stand alone.
-    """
-    where = [i for i, _ in members]
-    part = members[0][1]
-    nothing = np.zeros(len(where))
-    try:
-        sizes = {name: np.array([float(p.sizes[name]) for _, p in members]) for name in part.sizes}
-        e = estimate(part.op(**dict(part.fixed), **sizes), on=device)
-        cold, warm = (np.broadcast_to(s, len(where)) for s in (e.lower_s, replayed_s(e)))
-    except UnsupportedError as why:
-        yield where, nothing, nothing, str(why)
-    except InputError as why:
-        if len(members) == 1:
-            yield where, nothing, nothing, f"{part.op.name} refuses the sizes: {why}"
-            return
-        half = len(members) // 2
-        yield from _bounds(device, members[:half])
-        yield from _bounds(device, members[half:])
-    else:
-        yield where, cold, warm, None
-
-
-def _table(
-    group: Group,
-    where: Sequence[int],
-    unsupported: int,
-    rows: Sequence[Measurement],
-    found: Predictions,
-) -> Table:
-    if not where:
-        return Table(**_labels(group), n=0, unsupported=unsupported)
-    measured = np.array([rows[i].seconds for i in where], dtype=np.float64)
-    predicted = found.lower_s[where]
+def errors(points: Points) -> Errors:
+    """The errors over all of some points."""
+    if len(points) == 0:
+        return Errors(n=0)
+    measured, predicted = points.measured_s, points.predicted_s
     ape = np.abs(predicted - measured) / measured
-    faster = measured < predicted * (1 - SLACK_FRAC)
-    warm = faster & (measured >= found.warm_s[where] * (1 - SLACK_FRAC))
-    mape = float(ape.mean())
-    return Table(
-        **_labels(group),
-        n=len(where),
-        unsupported=unsupported,
-        mape=mape,
+    bounded = np.isfinite(points.lower_s)
+    roofline = np.abs(points.lower_s - measured)[bounded] / measured[bounded]
+    faster = measured < points.lower_s * (1 - SLACK_FRAC)
+    warm = faster & (measured >= points.warm_s * (1 - SLACK_FRAC))
+    inside = {
+        level: (getattr(points, f"low_{level}_s") <= measured)
+        & (measured <= getattr(points, f"high_{level}_s"))
+        for level in (80, 90)
+    }
+    return Errors(
+        n=len(points),
+        mape=float(ape.mean()),
         median_ape=float(np.median(ape)),
         p90_ape=float(np.quantile(ape, 0.9)),
         bias=float(np.expm1(np.log(predicted / measured).mean())),
-        roofline_mape=mape,
+        coverage_80=float(inside[80].mean()),
+        coverage_90=float(inside[90].mean()),
+        roofline_mape=float(roofline.mean()) if len(roofline) else None,
         faster_than_bound=int(faster.sum()),
         faster_than_bound_warm=int(warm.sum()),
+    )
+
+
+def _reasons(
+    rows: Sequence[Measurement],
+    found: Predictions,
+    calibrations: Sequence[Calibration] | None,
+) -> list[str | None]:
+    """By row why it is no evidence; None where it is."""
+    own = fitted_on(rows, found, calibrations)
+    return [
+        reason or (OWN_ROW if donor is not None else None)
+        for reason, donor in zip(found.reasons, own, strict=True)
+    ]
+
+
+def _points(rows: Sequence[Measurement], found: Predictions, where: Sequence[int]) -> Points:
+    """The evidence as columns."""
+
+    def texts(value: Callable[[int], str]) -> Texts:
+        column = np.empty(len(where), dtype=object)
+        column[:] = [value(i) for i in where]
+        return column
+
+    def said(name: str) -> Texts:
+        return texts(lambda i: getattr(rows[i], name))
+
+    index = np.array(where, dtype=np.intp)
+    return Points(
+        **{name: said(name) for name in ("family", "gpu", "device_id", "op", "dtype", "source")},
+        rung=texts(found.rung),
+        scope=texts(found.scope),
+        model=texts(lambda i: "+".join(found.models(i))),
+        calibration=texts(lambda i: "+".join(found.donors(i))),
+        flagged=np.array([bool(found.flags(i)) for i in where], dtype=bool),
+        measured_s=np.array([rows[i].seconds for i in where], dtype=np.float64),
+        predicted_s=found.seconds[index],
+        **{
+            name: getattr(found, name)[index]
+            for name in ("low_80_s", "high_80_s", "low_90_s", "high_90_s", "lower_s", "warm_s")
+        },
+    )
+
+
+def _tables(points: Points, counted: Mapping[tuple[Group, str], int]) -> Iterator[Table]:
+    """One table a family, GPU, op and dtype that has rows of any kind."""
+    without: Counter[Group] = Counter()
+    for (group, _), n in counted.items():
+        without[group] += n
+    members: Mapping[Any, Points] = points.groups("family", "gpu", "op", "dtype")
+    for group in sorted(members.keys() | without.keys()):
+        if group not in members:
+            yield Table(**_labels(group), n=0, unsupported=without[group])
+            continue
+        mine = members[group]
+        yield Table(
+            **_labels(group),
+            **asdict(errors(mine)),
+            unsupported=without[group],
+            calibration=mine.joined("calibration"),
+            rung=mine.joined("rung"),
+            scope=mine.joined("scope"),
+            model=mine.joined("model"),
+            flagged=int(mine.flagged.sum()),
+        )
+
+
+def _ablation(
+    key: tuple[str, str],
+    where: NDArray[np.intp],
+    rows: Sequence[Measurement],
+    rungs: tuple[Predictions, Predictions, Predictions],
+) -> Ablation:
+    measured = np.array([rows[i].seconds for i in where], dtype=np.float64)
+    nominal, borrowed, best = (
+        float(np.mean(np.abs(found.seconds[where] / measured - 1))) for found in rungs
+    )
+    bound = np.abs(rungs[-1].lower_s[where] / measured - 1)
+    bound = bound[np.isfinite(bound)]
+    return Ablation(
+        family=key[0],
+        gpu=key[1],
+        n=len(where),
+        bound=float(bound.mean()) if len(bound) else None,
+        nominal=nominal,
+        borrowed=borrowed,
+        best=best,
     )
 
 

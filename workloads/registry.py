@@ -111,6 +111,15 @@ _OPS: Final[Mapping[str, Entry]] = {
     "collective": Entry(
         "collective_transfer", "CollectiveTransfer", "a collective of a communication library"
     ),
+    "cluster_collective": Entry(
+        "collective_transfer", "ClusterCollective", "the same over several nodes"
+    ),
+    "custom_all_reduce": Entry(
+        "collective_transfer", "CustomAllReduce", "all-reduce kernel of a serving framework"
+    ),
+    "expert_exchange": Entry(
+        "expert_exchange", "ExpertExchange", "tokens sent to their experts, or back"
+    ),
 }
 
 # A word -> the fields it may mean, best first; an alternative counts when the op has all of it.

@@ -3,82 +3,127 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from cli import show
+from cli import given, show
 from cli.files import check_writable, write_all
+from cli.options import AsJson
 from cli.progress import patience
 from cli.quantity import shown
-from hwmodels.errors import InputError
 
 if TYPE_CHECKING:
-    from validate.compare import Comparison
+    from hwmodels.calibration import Calibration
+    from validate.compare import Ablation, Comparison, Table
     from validate.measurement import Readings
     from validate.steps import StepComparison
+
+SCOPE_WORDS: Final[Mapping[str, str]] = {"architecture": "arch"}
+"""Scopes as they stand in a narrow column."""
+MOST_FRAC: Final = 99.99
+"""The largest error a narrow column states."""
 
 
 def validate(
     path: Annotated[
         Path, typer.Argument(metavar="DIR", help="A folder of measurement files, or one file.")
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+    as_json: AsJson = False,
     family: Annotated[
         str | None, typer.Option("--family", metavar="F", help="Only this family (e.g. gemm).")
     ] = None,
     markdown: Annotated[
         Path | None, typer.Option("--markdown", metavar="FILE", help="Write the accuracy record.")
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Draw parity and residuals as one page."),
+    ] = None,
+    calibration: given.Calibrations = None,
+    device: given.Devices = None,
+    ablation: Annotated[
+        bool, typer.Option("--ablation", help="Show what each step of calibration is worth.")
+    ] = False,
 ) -> None:
-    """Compare predictions with measured times, by family, GPU, op and number format."""
-    if markdown is not None:
-        check_writable([markdown])
+    """Compare predictions with measured times, by family, GPU, op and number format.
+
+    Every row is predicted or counted with the reason why not; rows that a calibration was fitted
+    on are no evidence for it and are counted as such.
+
+    \b
+    Examples:
+      ridgeplan validate measured/ --html accuracy.html
+      ridgeplan validate kernels_gemm.csv --ablation
+      ridgeplan validate measured/ --calibration mine.json --device 'My GPU=./my-gpu.toml'
+    """
+    from cli.charts.picture import asked_for
+
+    check_writable([f for f in (markdown, *asked_for(html, None)) if f is not None])
+    targets = given.devices(device)
+    calibrations = given.calibrations(calibration, targets)
     with patience(f"comparing {shown(path)}"):
         from validate.compare import compare
         from validate.steps import compare_steps
 
-        readings = _read(path, family)
-        comparison = compare(readings.rows, readings.refused)
+        readings = _read(path, family, targets)
+        comparison = compare(readings.rows, readings.refused, calibrations)
         steps = compare_steps(readings.rows)
+        steps_of_calibration = _ablation(readings, calibrations) if ablation else ()
+    contents: dict[Path, bytes] = {}
     if markdown is not None:
-        write_all({markdown: _markdown(comparison, steps, path, family).encode()})
+        text = _markdown(comparison, steps, steps_of_calibration, path, family)
+        contents[markdown] = text.encode()
+    if html is not None:
+        with patience("drawing"):
+            contents[html] = _page(comparison, path)
+    write_all(contents)
     if as_json:
-        show.print_json(comparison.as_dict() | {"training_steps": steps.as_dict()})
+        found = comparison.as_dict() | {"training_steps": steps.as_dict()}
+        show.print_json(found | ({"ablation": steps_of_calibration} if ablation else {}))
     else:
         _print_steps(steps)
         _print(comparison)
+        _print_ablation(steps_of_calibration)
+        for file in contents:
+            print(f"wrote {file}")
 
 
-def _read(path: Path, family: str | None) -> Readings:
-    """All readable files; the unreadable ones are named on stderr unless there are no others."""
-    from validate.measurement import Readings, csv_files, read
+def _read(path: Path, family: str | None, targets: Mapping[str, str]) -> Readings:
+    from cli.readings import read_all, unknown_gpu_hint
 
-    readings, errors = Readings(), []
-    for file in csv_files(path, family):
-        try:
-            readings += read(file)
-        except InputError as error:
-            errors.append(str(error))
-    if not readings.rows and not readings.refused:
-        more = f" (and {len(errors) - 1} more such files)" if len(errors) > 1 else ""
-        raise InputError(f"{errors[0]}{more}")
-    for message in errors:
-        print(f"ridgeplan: warning: left out: {shown(message, 2000)}", file=sys.stderr)
-    if readings.refused:
-        first = readings.refused[0]
-        print(
-            f"ridgeplan: warning: refused {len(readings.refused)} rows; the first is "
-            f"{shown(first.file, 200)}, line {first.line}: {shown(first.reason, 200)}",
-            file=sys.stderr,
-        )
+    readings = read_all(path, family, targets)
+    hint = unknown_gpu_hint(readings.refused)
+    if hint:
+        print(f"ridgeplan: hint: {hint}", file=sys.stderr)
     return readings
 
 
+def _ablation(
+    readings: Readings, calibrations: Sequence[Calibration] | None
+) -> tuple[Ablation, ...]:
+    from validate.compare import ablate
+
+    return ablate(readings.rows, calibrations)
+
+
+def _page(comparison: Comparison, path: Path) -> bytes:
+    import datetime
+
+    from cli.charts.accuracy import page
+
+    return page(comparison, data=path.resolve().name, on=datetime.date.today()).encode()
+
+
 def _markdown(
-    comparison: Comparison, steps: StepComparison, path: Path, family: str | None
-) -> str:  # fmt: skip
+    comparison: Comparison,
+    steps: StepComparison,
+    ablation: Sequence[Ablation],
+    path: Path,
+    family: str | None,
+) -> str:
     import datetime
 
     from hwmodels.step_ratios import shipped_ratios
@@ -86,10 +131,14 @@ def _markdown(
 
     name = path.resolve().name
     chosen = f" --family {family}" if family else ""
-    command = f"ridgeplan validate {name}{chosen} --markdown FILE"
-    section = steps_markdown(steps, shipped_ratios()) if steps.num_rows else ""
+    more = " --ablation" if ablation else ""
     return accuracy_markdown(
-        comparison, on=datetime.date.today(), data=name, command=command, steps=section
+        comparison,
+        on=datetime.date.today(),
+        data=name,
+        command=f"ridgeplan validate {name}{chosen}{more} --markdown FILE",
+        steps=steps_markdown(steps, shipped_ratios()) if steps.num_rows else "",
+        ablation=ablation,
     )
 
 
@@ -112,31 +161,73 @@ def _print_steps(steps: StepComparison) -> None:
 
 
 def _print(comparison: Comparison) -> None:
-    from validate.report import percent, reason_counts
-
     out = show.console()
-    numbers = ("n", "MAPE", "median", "p90", "bias", "fast/warm")
-    for family in dict.fromkeys(t.family for t in comparison.tables):
-        predicted = [t for t in comparison.tables if t.family == family and t.n]
-        title = f"{shown(family)}: errors in %"
-        made = show.table("GPU", "op", "dtype", *numbers, title=title, right=numbers)
-        made.padding = (0, 1, 0, 0)
-        for t in predicted:
-            errors = [percent(v) for v in (t.mape, t.median_ape, t.p90_ape, t.bias)]
-            identity = [shown(text, 30) for text in (t.gpu, t.op, t.dtype)]
-            faster = f"{t.faster_than_bound}/{t.faster_than_bound_warm}"
-            made.add_row(*identity, str(t.n), *errors, faster)
-        if predicted:
-            out.print(made)
-    counts = reason_counts(comparison)
-    if counts:
-        columns = ("family", "reason", "rows")
-        made = show.table(*columns, title="without a prediction", right=("rows",))
-        for family, reason, n in counts:
-            made.add_row(shown(family, 30), shown(reason, 200), str(n))
-        out.print(made)
-    n, without = (sum(getattr(t, k) for t in comparison.tables) for k in ("n", "unsupported"))
-    out.print(
-        f"{n + without} rows: {n} predicted, {without} without. Rung {comparison.rung}: a lower "
-        "bound for cold kernels; 'fast' rows beat it, a warm L2 explains the 'warm' ones."
+    for family, op in dict.fromkeys((t.family, t.op) for t in comparison.tables if t.n):
+        chosen = [t for t in comparison.tables if (t.family, t.op) == (family, op) and t.n]
+        _print_op(f"{shown(family)}, {shown(op, 80)}: errors in %", chosen)
+    _print_reasons(comparison)
+    n, without, flagged, faster, warm = (
+        sum(getattr(t, k) for t in comparison.tables)
+        for k in ("n", "unsupported", "flagged", "faster_than_bound", "faster_than_bound_warm")
     )
+    out.print(
+        f"{n + without} rows: {n} predicted, {without} without. 'roof': the error of the roofline "
+        "on the same rows; 'in 80', 'in 90': how many rows the interval holds; 'from': whose "
+        "constants (own, the architecture's, the mean of all, or nominal)."
+    )
+    if flagged:
+        out.print(f"* {flagged} rows were recognised by the sizes they state alone.")
+    if faster:
+        out.print(f"{faster} rows beat the bound of a cold kernel; a warm L2 explains {warm}.")
+
+
+def _print_op(title: str, tables: Sequence[Table]) -> None:
+    """One op of a family by GPU and number format."""
+    numbers = ("n", "MAPE", "median", "p90", "bias", "in 80", "in 90", "roof")
+    made = show.table("GPU", "dtype", *numbers, "from", right=numbers, title=title)
+    made.padding = (0, 1, 0, 0)
+    for column in made.columns[2:-1]:
+        column.no_wrap = True
+    for t in tables:
+        values = (t.mape, t.median_ape, t.p90_ape, t.bias, t.coverage_80, t.coverage_90,
+                  t.roofline_mape)  # fmt: skip
+        scopes = [SCOPE_WORDS.get(s, s) for s in (t.scope or "").split("+")]
+        count = f"{t.n}{'*' if t.flagged else ''}"
+        identity = shown(t.gpu, 30), shown(t.dtype, 30)
+        made.add_row(*identity, count, *map(_narrow, values), "+".join(scopes))
+    show.console().print(made)
+
+
+def _narrow(frac: float | None) -> str:
+    """A percentage of at most six letters."""
+    from validate.report import percent
+
+    return ">9999" if frac is not None and frac > MOST_FRAC else percent(frac)
+
+
+def _print_reasons(comparison: Comparison) -> None:
+    from validate.report import reason_counts
+
+    counts = reason_counts(comparison)
+    if not counts:
+        return
+    columns = ("family", "reason", "rows")
+    made = show.table(*columns, title="without a prediction", right=("rows",))
+    for family, reason, n in counts:
+        made.add_row(shown(family, 30), shown(reason, 200), str(n))
+    show.console().print(made)
+
+
+def _print_ablation(found: Sequence[Ablation]) -> None:
+    """What each step of calibration is worth, by family and GPU."""
+    from validate.report import percent
+
+    if not found:
+        return
+    numbers = ("n", "roofline", "nominal", "borrowed", "all")
+    title = "MAPE in % on the same rows, by what the constants rest on"
+    made = show.table("family", "GPU", *numbers, title=title, right=numbers)
+    for a in found:
+        steps = (percent(v) for v in (a.bound, a.nominal, a.borrowed, a.best))
+        made.add_row(shown(a.family, 24), shown(a.gpu, 30), str(a.n), *steps)
+    show.console().print(made)

@@ -4,18 +4,18 @@ A block holds up to `rows` query heads that share a cache head and streams the r
 parts of the sequence, 64 at a time. With e bytes a cached element, S SMs at clock f, peak R:
 
     tiles   = ceil(heads_per_kv / rows),   N = batch cache_heads tiles s,   W = waves(N, S)
-    nb      = ceil(len_read / (64 s)),     t_step = 64 row_elements e / f
-    t_feed  = W (block + q and o of a block / (store f) + nb t_step / feed)     all blocks of an SM
+    nb      = max(1, len_read / (64 s)),   t_step = 64 row_elements e / f
+    t_feed  = W (block + 16 rows of q and o / (store f) + nb t_step / feed)     all blocks of an SM
     t_chain = nb t_step / chain                                    one block, waiting for its loads
-    t_math  = W nb 2 max(rows, 16) 64 (dk + dv) / (mma R / S) + vector flops / V
+    t_math  = W nb 2 max(rows, 16) 64 (dk + dv) / (mma R / S) + vector flops / V  (padded tiles)
     t_l2    = (tiles x cache bytes + q and o) / (l2 S f),      t_d = dram(bytes not in the L2)
     T       = launch + |overlap(t_feed, t_chain), t_math, t_special, t_l2, t_d|_3
               + [s > 1] (split + fp32 parts through the L2)
 
 and s is the fastest of 1, 2, 4 .. 64: libraries choose by rules of their own, which mostly agree;
 where a kernel is known not to (`DISPATCH`), its rule is used. A call that the host issues launch
-by launch takes |T, issue|_3. Splitting the keys is FlashDecoding's (Dao et al. 2023, "Flash-Decoding
-for long-context inference"); the form was chosen by cross-validation on published timings.
+by launch takes |T, issue|_3. Splitting the keys is Flash-Decoding's (Dao, Haziza, Massa and Sizov
+2023); the form was chosen by cross-validation on published timings.
 
 The label of a kernel reads `caller:kernel`, with `/eager` behind it where no captured graph hides
 the host: launches and adding the parts depend on the caller, the rest on the kernel. A kernel named
@@ -34,15 +34,15 @@ from numpy.typing import NDArray
 from simulator.kernel_time.constants import Constant
 from simulator.kernel_time.model import COLD, Conditions, Constants, KernelModel, KernelTime
 from simulator.kernel_time.rates import Rates
-from simulator.kernel_time.terms import cold_frac, dram_seconds, norm, overlap, waves
+from simulator.kernel_time.terms import cold_frac, dram_seconds, norm, overlap, real, waves
 from workloads.numeric import Array, Num
 from workloads.op import Op
 from workloads.ops.decode_attention import CachedAttention, DecodeAttention, MlaDecode
 
 STEP_ROWS: Final = 64
-"""Cached rows that a block takes at a time; 32 and 128 cross-validate worse."""
+"""Cached rows that a block takes at a time, and at least; 32 and 128 cross-validate worse."""
 LEAST_ROWS: Final = 16
-"""Query rows that a matrix instruction computes at least."""
+"""Query rows that a matrix instruction computes, and a block moves, at least."""
 POWER: Final = 3.0
 """Sharpness of the overlap of resources; cross-validation is flat from 2.5 to 4."""
 SPLITS: Final = np.array([1.0, 2, 4, 8, 16, 32, 64])
@@ -132,14 +132,15 @@ def labels(op: Op, conditions: Conditions) -> dict[str, str]:
     ('fa3', 'vllm:fa3', 'bf16', 'wide')
     """
     whole = conditions.kernel
-    kernel = _kernel(conditions)
-    cached = isinstance(op, CachedAttention)
+    kv, width = "", ""
+    if isinstance(op, CachedAttention):
+        kv, width = str(op.cache_dtype), "wide" if np.max(op.value_dim) > WIDE else "narrow"
     return {
-        "kernel": kernel,
+        "kernel": _kernel(conditions),
         "caller": whole if ":" in whole else "",
         "issuer": whole if whole.endswith(EAGER) else "",
-        "kv": str(op.cache_dtype) if cached else "",
-        "width": ("wide" if np.max(op.value_dim) > WIDE else "narrow") if cached else "",
+        "kv": kv,
+        "width": width,
         "host": conditions.host,
     }
 
@@ -157,7 +158,7 @@ def decode_seconds(
     splits = SPLITS[(dispatch.least_splits <= SPLITS) & (dispatch.most_splits >= SPLITS)]
     t = _terms(op, rates.lifted(), c, conditions, dispatch, splits)
     busy = norm(POWER, t.feed, t.math, t.special, t.l2, t.hbm) + t.sums
-    best = np.argmin(np.real(busy), axis=-1)[..., None]
+    best = np.argmin(real(busy), axis=-1)[..., None]
     launch_s, issue_s = c["launch_s"], c["issue_s"]
     seconds = launch_s + _chosen(busy, best)
     terms = {
@@ -184,11 +185,11 @@ def _terms(
     streams = _lifted(op.batch * op.cache_heads)
     group, length = _lifted(op.heads_per_kv), _lifted(op.len_read)
     width, dims = _lifted(op.row_elements), _lifted(op.key_dim + op.value_dim)
-    rows, tiles = np.minimum(group, dispatch.rows), np.ceil(group / dispatch.rows)
-    steps = np.ceil(length / (STEP_ROWS * splits))
+    tiles = np.ceil(group / dispatch.rows)
+    steps = np.maximum(length / (STEP_ROWS * splits), 1.0)
     rounds = waves(streams * tiles * splits, r.num_sms, c["ragged_frac"])
-    padded = np.maximum(rows, LEAST_ROWS)
-    qo_bytes = padded * dims * op.dtype.bytes_per_element
+    padded = max(dispatch.rows, LEAST_ROWS)
+    qo_bytes = LEAST_ROWS * dims * op.dtype.bytes_per_element
     step = STEP_ROWS * width * op.cache_dtype.bytes_per_element / r.clock_hz
     block = c["block_s"] + qo_bytes / (c["store_bytes_per_clk"] * r.clock_hz)
     feed = overlap(

@@ -1,15 +1,20 @@
 """Time of a recurrent layer: a chain of small products, or one large one for the weight gradient.
 
-One step of the chain multiplies [G h, h] by [h, b] on as many SMs as its tiles (64 x 64) fill:
+One step of the chain multiplies [G h, h] by [h, b] on as many SMs as its tiles (64 x 64) fill,
+with k cut in s = 1, 2 or 4 parts where that fills more of them:
 
-    t_mma  = 2 G h^2 b / (R mma) stretch          stretch = waves(blocks, S) S / blocks
+    t_mma  = 2 G h^2 b / (R mma) stretch
+    stretch = min over s of waves(s blocks, S) S / (s blocks)
     t_mem  = weights from device memory, or from the L2 where they stay there
-    t_k    = h k_step                             the product's own chain along k on few SMs
-    chain  = t (step + overlap(t_mma, t_mem, t_k))
+    t_k    = h k_step                        the product's own chain along k on few SMs
+    chain  = t (step + overlap(t_mma, t_mem, t_k)) + settle N (1 - exp(-t / N))
 
-and the weight gradient multiplies [G h, b t] by [b t, h] at once, in tiles of 128 x 64:
+The last term is what early steps cost more than late ones, for a reason unknown: going from 187 to
+375 steps adds mostly 4 to 8 ms less than it doubles (published V100 times, hidden 1536 to 2816).
+The weight gradient multiplies [G h, b t] by [b t, h] at once, in tiles of 128 x 64, then adds the
+result to a gradient kept in single precision:
 
-    weight = overlap(flops / (R mma) stretch, bytes / BW)
+    weight = overlap(flops / (R mma) stretch, operands / BW) + 2 * 4 G h^2 / BW
 
 A step's floor holds its launches and pointwise kernels. Persistent kernels, which keep weights in
 registers, are not modelled apart. After Appleyard et al. 2016, arXiv 1604.01946, section 3.
@@ -18,17 +23,24 @@ registers, are not modelled apart. After Appleyard et al. 2016, arXiv 1604.01946
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import reduce
 from typing import Final
+
+import numpy as np
 
 from simulator.kernel_time.constants import Constant
 from simulator.kernel_time.model import Conditions, Constants, KernelModel, KernelTime
 from simulator.kernel_time.rates import Rates
-from simulator.kernel_time.terms import cold_frac, overlap, waves
+from simulator.kernel_time.terms import cold_frac, overlap, smaller, waves
 from workloads.numeric import Num, ceil_div
 from workloads.op import Op
 from workloads.ops.rnn import Rnn
 
 CHAIN_TILE: Final = 64
+SPLITS: Final = (1, 2, 4)
+"""Parts that k may be cut in, to fill more SMs."""
+GRADIENT_BYTES: Final = 4
+"""Bytes of one entry of the weight gradient, which is kept in single precision."""
 WEIGHT_TILE: Final = (128, 64)
 
 D: Final = ("direction",)
@@ -38,6 +50,10 @@ CONSTANTS: Final = (
              start=1e-4, low=1e-6, high=3e-3, by=D),
     Constant(name="step_s", meaning="floor of one time step: launches, pointwise kernels", unit="s",
              start=2e-5, low=1e-6, high=2e-4, by=D),
+    Constant(name="settle_s", meaning="what an early time step costs more than a late one",
+             unit="s", start=2e-5, low=1e-7, high=2e-4, by=D),
+    Constant(name="settle_steps", meaning="time steps over which that wears off", unit="1",
+             start=100.0, low=10.0, high=1000.0, spread=0.7),
     Constant(name="k_step_s", meaning="chain of one step's product, per unit of k", unit="s",
              start=1.5e-8, low=1e-10, high=3e-7, by=DD),
     Constant(name="mma_frac", meaning="sustained share of the peak matrix rate", unit="1",
@@ -75,17 +91,21 @@ def _chain(op: Rnn, rates: Rates, c: Constants) -> dict[str, Num]:
     l2 = op.weight_bytes() / (c["l2_bytes_per_clk"] * rates.sm_clocks_per_s)
     hbm = cold * op.weight_bytes() / (rates.hbm_bytes_per_s * c["hbm_frac"])
     product = overlap(mma, l2, hbm, rows * c["k_step_s"])
-    return {"steps": op.num_steps * c["step_s"], "products": op.num_steps * product}
+    early = -np.expm1(-op.num_steps / c["settle_steps"]) * c["settle_steps"]
+    steps = op.num_steps * c["step_s"] + early * c["settle_s"]
+    return {"steps": steps, "products": op.num_steps * product}
 
 
 def _weight(op: Rnn, rates: Rates, c: Constants) -> Num:
-    """Seconds of the weight gradient's one product."""
+    """Seconds of the weight gradient's one product, and of adding it up."""
     tm, tn = WEIGHT_TILE
     blocks = ceil_div(op.hidden * op.gates, tm) * ceil_div(op.hidden, tn)
     flops = op.flops() / op.num_products
     mma = flops / (_rate(op, rates) * c["mma_frac"]) * _stretch(blocks, rates, c)
-    moved = op.compulsory_bytes() / op.num_products
-    return overlap(mma, moved / (rates.hbm_bytes_per_s * c["hbm_frac"]))
+    bandwidth = rates.hbm_bytes_per_s * c["hbm_frac"]
+    operands = op.compulsory_bytes() / op.num_products - op.weight_bytes()
+    added = 2 * GRADIENT_BYTES * op.gates * op.hidden**2  # read, added to, written
+    return overlap(mma, operands / bandwidth) + added / bandwidth
 
 
 def _rate(op: Rnn, rates: Rates) -> Num:
@@ -93,8 +113,12 @@ def _rate(op: Rnn, rates: Rates) -> Num:
 
 
 def _stretch(blocks: Num, rates: Rates, c: Constants) -> Num:
-    """How much longer tiles take that do not fill the SMs evenly."""
-    return waves(blocks, rates.num_sms, c["ragged_frac"]) * rates.num_sms / blocks
+    """How much longer tiles take that do not fill the SMs evenly, under the best cut of k."""
+    found = [
+        waves(blocks * s, rates.num_sms, c["ragged_frac"]) * rates.num_sms / (blocks * s)
+        for s in SPLITS
+    ]
+    return reduce(smaller, found)
 
 
 def labels(op: Op, conditions: Conditions) -> Mapping[str, str]:

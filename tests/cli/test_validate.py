@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from cli.main import main
-from tests.validate.data import kernel_row, write_csv
+from tests.validate.data import kernel_row, made_calibration, write_calibration, write_csv
 from validate.measurement import COLLECTIVES, STEPS
 
 SHAPE = {"m": 4096, "n": 4096, "k": 4096}
@@ -20,7 +21,7 @@ def folder(tmp_path: Path) -> Path:
     write_csv(tmp_path / "kernels_gemm.csv", rows)
     write_csv(
         tmp_path / "collectives.csv",
-        [["s", "GB200", "1", "4", "all_reduce", "1024", "9.5"]],
+        [["s", "GB200", "1", "4", "all_reduce", "-1", "9.5"]],
         COLLECTIVES,
     )
     return tmp_path
@@ -33,24 +34,60 @@ def test_tables_fit_a_hundred_columns_and_count_every_row(
     out, err = capsys.readouterr()
     assert max(len(line) for line in out.splitlines()) <= 100
     assert "H100-SXM-80GB" in out
-    assert "no op for all_reduce yet" in out
+    assert "refused: bytes is not a positive finite number" in " ".join(out.split())
     assert "4 rows: 2 predicted, 2 without" in " ".join(out.split())
-    assert "refused 1 rows" in err
-    assert "kernels_gemm.csv, line 4: params lacks size n" in err
+    assert "refused 2 rows" in err
+    assert "collectives.csv, line 2: bytes is not a positive finite number" in err
 
 
-def test_json_is_one_document(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["validate", str(folder), "--json"]) == 0
-    document = json.loads(capsys.readouterr().out)
-    assert (document["version"], document["rung"]) == (1, "bound")
+def test_a_table_of_everything_stays_readable(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        kernel_row(SHAPE, 3e-3, gpu="RTXPRO6000-SE", dtype=dtype, op=op)
+        for dtype in ("bf16", "fp8_rowwise", "int8_smoothquant")
+        for op in ("gemm", "gdn_generation_of_a_very_long_name_that_nobody_heard_of")
+    ]
+    write_csv(tmp_path / "kernels_a_family_of_a_long_name_too.csv", rows)
+    assert main(["validate", str(tmp_path), "--ablation"]) == 0
+    out = capsys.readouterr().out
+    assert max(len(line) for line in out.splitlines()) <= 100
+    heads = next(line for line in out.splitlines() if "MAPE" in line and "p90" in line)
+    names = ["GPU", "dtype", "n", "MAPE", "median", "p90", "bias", "in", "80", "in", "90",
+             "roof", "from"]  # fmt: skip
+    assert heads.split() == names
+    assert "…" not in out
+    assert ">9999" in out
+    title = "gdn_generation_of_a_very_long_name_that_nobody_heard_of: errors in %"
+    assert title in " ".join(out.split())
+    assert "rows were recognised by the sizes they state alone" in out
+
+
+def test_json_is_one_document(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = write_calibration(tmp_path / "c.json", made_calibration("h100-sxm"))
+    arguments = ["validate", str(folder), "--calibration", str(given), "--json"]
+    assert main(arguments) == 0
+    document = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert set(document) == {"version", "rung", "tables", "unsupported", "training_steps"}
+    assert (document["version"], document["rung"]) == (1, "best")
     counted = [(t["family"], t["n"], t["unsupported"]) for t in document["tables"]]
     assert counted == [("collectives", 0, 1), ("gemm", 2, 1)]
     flops, peak = 2 * 4096**3, 989.4e12
     bound = flops / peak * 1e6
     expected = ((300 - bound) / 300 + (250 - bound) / 250) / 2
-    assert document["tables"][1]["mape"] == pytest.approx(expected, rel=1e-9)
+    assert document["tables"][1]["roofline_mape"] == pytest.approx(expected, rel=1e-9)
+    assert document["tables"][1]["calibration"] == "h100-sxm"
     reasons = {u["reason"]: u["n"] for u in document["unsupported"]}
-    assert reasons == {"no op for all_reduce yet": 1, "refused: params lacks size n": 1}
+    assert reasons == {
+        "refused: bytes is not a positive finite number": 1,
+        "refused: params lacks size n": 1,
+    }
+    assert main([*arguments, "--ablation"]) == 0
+    (steps,) = json.loads(capsys.readouterr().out)["ablation"]
+    assert set(steps) == {"family", "gpu", "n", "bound", "nominal", "borrowed", "best"}
+    assert steps["best"] == document["tables"][1]["mape"]
 
 
 def test_one_family_or_one_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,9 +102,48 @@ def test_markdown_is_written_and_dated(folder: Path, capsys: pytest.CaptureFixtu
     assert main(["validate", str(folder), "--markdown", str(target)]) == 0
     text = target.read_text(encoding="utf-8")
     assert text.startswith("# Accuracy\n")
-    assert "| gemm | H100-SXM-80GB | 2 | 1 |" in text
+    assert "| gemm | H100-SXM-80GB | bf16 | 2 | 1 |" in text
     assert str(folder) not in text
-    assert capsys.readouterr().out
+    assert "What calibration buys" not in text
+    assert capsys.readouterr().out.endswith(f"wrote {target}\n")
+    assert main(["validate", str(folder), "--ablation", "--markdown", str(target)]) == 0
+    assert "What calibration buys" in target.read_text(encoding="utf-8")
+
+
+def test_the_page_is_self_contained(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = folder / "accuracy.html"
+    assert main(["validate", str(folder), "--html", str(target)]) == 0
+    text = target.read_text(encoding="utf-8")
+    assert text.rstrip().endswith("</html>")
+    assert not re.search(r"<(script|link|img)[^>]+(src|href)=", text)
+    assert text.count("Plotly.newPlot(") == 2
+    assert "4 rows of" in text and "params lacks size n" in text
+    assert f"wrote {target}" in capsys.readouterr().out
+
+
+def test_a_gpu_nobody_knows_gets_a_hint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [kernel_row(SHAPE, 300.0), kernel_row(SHAPE, 300.0, gpu="My GPU")]
+    write_csv(tmp_path / "kernels_gemm.csv", rows)
+    assert main(["validate", str(tmp_path)]) == 0
+    assert "--device 'My GPU=FILE.toml'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--markdown", "--html"])
+def test_a_failed_write_leaves_the_old_file(
+    folder: Path, option: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = folder / "accuracy.html"
+    target.write_text("old")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", str(target))
+
+    monkeypatch.setattr("os.replace", full)
+    before = sorted(folder.iterdir())
+    assert main(["validate", str(folder), option, str(target)]) == 2
+    assert capsys.readouterr().out == ""
+    assert target.read_text() == "old"
+    assert sorted(folder.iterdir()) == before
 
 
 @pytest.fixture
@@ -124,7 +200,7 @@ def test_an_unreadable_file_beside_a_good_one_is_named(
     assert "kernels_odd.csv" in err
 
 
-@pytest.mark.parametrize("case", ["nowhere", "empty", "odd", "binary", "family", "folder"])
+@pytest.mark.parametrize("case", ["nowhere", "empty", "odd", "binary", "family", "folder", "page"])
 def test_nothing_readable_is_exit_2_in_one_line(
     tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -142,6 +218,9 @@ def test_nothing_readable_is_exit_2_in_one_line(
     elif case == "folder":
         write_csv(tmp_path / "kernels_gemm.csv", [kernel_row(SHAPE, 300.0)])
         arguments += ["--markdown", str(tmp_path / "no" / "a.md")]
+    elif case == "page":
+        write_csv(tmp_path / "kernels_gemm.csv", [kernel_row(SHAPE, 300.0)])
+        arguments += ["--html", str(tmp_path / "a.png")]
     assert main(["validate", *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""

@@ -56,7 +56,18 @@ def parts(row: Measurement) -> tuple[Part, ...]:
     if row.seconds is None:
         raise Uncounted("the metric is not a time")
     adapter = ADAPTERS.get(row.op)
-    return unknown.parts_of(row, ADAPTERS) if adapter is None else adapter(row)
+    try:
+        found = unknown.parts_of(row, ADAPTERS) if adapter is None else adapter(row)
+        hash(tuple((p.fixed, p.conditions) for p in found))  # a list has no place there
+    except KeyError as why:
+        raise Uncounted(f"the params lack {why.args[0]!s:.30}, or it has no known value") from why
+    except (ArithmeticError, IndexError, TypeError, ValueError) as why:
+        # rows are other people's: one of an unforeseen form must not take the file along
+        raise Uncounted("the params or the source have no known form") from why
+    for name, size in ((n, s) for p in found for n, s in p.sizes.items()):
+        if not isinstance(size, (int, float)):
+            raise Uncounted(f"size {name} is not a number")
+    return found
 
 
 def is_training_step(row: Measurement) -> bool:

@@ -1,55 +1,87 @@
-"""Collectives: NCCL, the all-reduce kernels of serving frameworks, expert dispatch."""
+"""Collectives: NCCL on one node and on several, frameworks' all-reduce kernels, expert exchange."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from simulator.kernel_time.collective import CUSTOM, LIBRARY
+from hwmodels.dtypes import BF16, FP8, FP32, INT8, DType
 from simulator.kernel_time.model import Conditions
 from validate.adapters.part import Part, framework, part, uncounted
 from validate.measurement import Measurement
-from workloads.ops.collective_transfer import CollectiveTransfer
+from workloads.ops.collective_transfer import (
+    POINT_TO_POINT,
+    ClusterCollective,
+    CollectiveTransfer,
+    CustomAllReduce,
+)
+from workloads.ops.expert_exchange import ExpertExchange
 
-RENAMED: Final = {"moe_dispatch_fp8": "all_to_all", "moe_combine_bf16": "all_to_all",
-                  "broadcast": ""}  # fmt: skip
+LIBRARY: Final = "nccl"
+PROFILED: Final = "nccl-profiled"
+"""Kernel times of a profiler: they hold the wait for the last rank."""
+FORMATS: Final[Mapping[str, DType]] = {"int8": INT8, "fp32": FP32}
+ROUTING: Final = re.compile(r"T(\d+)_H(\d+)_K(\d+)_E(\d+)$")
+"""Tokens, hidden size, choices and experts, as the publisher of expert exchange names its runs."""
 
 
 def collective(row: Measurement) -> tuple[Part, ...]:
     """One collective; the host-side libraries of DeepBench's MPI runs are no GPU kernels."""
     pieces = row.source.split("/")
-    kind = RENAMED.get(row.op, row.op)
-    if not kind:
-        uncounted(f"no model for {row.op} yet")
+    if row.op == "broadcast":
+        uncounted("no model for broadcast yet")
     if pieces[0] == "deepbench" and not pieces[1].startswith("NCCL"):
         uncounted("an all-reduce of a host library is no GPU kernel")
     p = row.params
     if p["gpus"] < 2:
         uncounted("a collective of one rank moves nothing")
-    sizes = {"num_bytes": p["bytes"], "num_ranks": p["gpus"], "num_nodes": p["nodes"]}
-    return (part(CollectiveTransfer, sizes, Conditions(kernel=_kernel(row)), kind=kind),)
-
-
-def _kernel(row: Measurement) -> str:
-    """The library and what makes its runs differ: its framework, its cluster, several nodes."""
-    pieces = row.source.split("/")
-    publisher, name = pieces[0], pieces[1]
-    suffix = "-nodes" if row.params["nodes"] > 1 else ""
+    sizes = {"num_bytes": p["bytes"], "num_ranks": p["gpus"]}
+    fixed = {"kind": row.op, "dtype": FORMATS.get(pieces[-1], BF16)}
+    if p["nodes"] > 1:
+        sizes["num_nodes"] = p["nodes"]
+        return (part(ClusterCollective, sizes, _run(row, pieces), **fixed),)
     if "custom_ar_graph" in pieces:
-        return f"{CUSTOM}-{framework(row)}"
-    if name.startswith("deepep"):
-        direction = "dispatch" if "dispatch" in row.op else "combine"
-        return f"{name}-{direction}{suffix}"
-    if publisher == "vidur":
-        kind = "p2p" if row.op == "send_recv" else "ring"
-        return f"{LIBRARY}-vidur-{kind}{suffix}"
-    if publisher == "aic":
-        return LIBRARY
-    return f"{LIBRARY}-{publisher}{suffix}"
+        return (part(CustomAllReduce, sizes, Conditions(kernel=framework(row)), **fixed),)
+    return (part(CollectiveTransfer, sizes, _run(row, pieces), **fixed),)
 
 
-ADAPTERS: Final[Mapping[str, Callable[[Measurement], tuple[Part, ...]]]] = dict.fromkeys(
-    ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv", "broadcast",
-     "moe_dispatch_fp8", "moe_combine_bf16"),
-    collective,
-)  # fmt: skip
+def _run(row: Measurement, pieces: list[str]) -> Conditions:
+    """The library's kernel: chains and sends differ, and so does what a publisher's timer holds."""
+    sends = "-p2p" if row.op in POINT_TO_POINT else ""
+    if pieces[0] == "vidur":
+        return Conditions(kernel=PROFILED + sends)
+    host = {"llmcompass": "llmcompass", "deepbench": "deepbench", "stas00": "stas00"}
+    return Conditions(kernel=LIBRARY + sends, host=host.get(pieces[0], ""))
+
+
+def exchange(row: Measurement) -> tuple[Part, ...]:
+    """One dispatch or combine: the publisher's bytes are an upper bound, its sizes tell more."""
+    pieces = row.source.split("/")
+    found = ROUTING.match(pieces[-1])
+    if found is None:
+        uncounted(f"{row.op}: the source states no tokens, width, choices and experts")
+    tokens, hidden, topk, experts = map(int, found.groups())
+    direction = "dispatch" if "dispatch" in row.op else "combine"
+    sizes = {"num_tokens": tokens, "hidden": hidden, "topk": topk, "num_experts": experts,
+             "num_ranks": row.params["gpus"], "num_nodes": row.params["nodes"]}  # fmt: skip
+    kernel = f"{pieces[1]}-{direction}" + ("-nodes" if row.params["nodes"] > 1 else "")
+    return (
+        part(
+            ExpertExchange,
+            sizes,
+            Conditions(kernel=kernel),
+            direction=direction,
+            low_latency=pieces[1].endswith("-ll"),
+            dtype=FP8 if row.op.endswith("_fp8") else BF16,
+        ),
+    )
+
+
+ADAPTERS: Final[Mapping[str, Callable[[Measurement], tuple[Part, ...]]]] = {
+    **dict.fromkeys(
+        ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv", "broadcast"),
+        collective,
+    ),
+    **dict.fromkeys(("moe_dispatch_fp8", "moe_combine_bf16"), exchange),
+}

@@ -1,8 +1,9 @@
-"""One collective of a communication library as an op of one rank: what its kernel moves and adds.
+"""Collectives as ops of one rank: what each kernel sends over its link, moves in memory and adds.
 
-With n ranks on N nodes and B bytes (nccl-tests' size, see `workloads.ops.collective`), the ring
-algorithm's busiest rank sends `wire_bytes` over its link, in `num_steps` dependent steps. From and
-to its own memory a rank reads what it gives and writes what it gets:
+With n ranks and B bytes (nccl-tests' size, see `workloads.ops.collective`), the ring algorithm's
+busiest rank sends `wire_bytes` over its link, in `num_steps` dependent steps; all_to_all sends to
+all at once, in one step. From and to its own memory a rank reads what it gives and writes what it
+gets:
 
     kind            read      written   additions per element
     all_reduce      B         B         (n - 1) / n
@@ -11,7 +12,8 @@ to its own memory a rank reads what it gives and writes what it gets:
     all_to_all      B         B
     send_recv       B         B
 
-Mixture-of-experts dispatch and combine are all_to_all with the bytes their publisher counts.
+`CollectiveTransfer` is that of a communication library on one node, `ClusterCollective` the same on
+several, `CustomAllReduce` the all-reduce kernels that serving frameworks bring along.
 """
 
 from __future__ import annotations
@@ -22,17 +24,19 @@ from typing import ClassVar, Final
 
 from hwmodels.dtypes import BF16, DType
 from hwmodels.errors import InputError, UnknownNameError
-from workloads.numeric import Num, any_true, maximum
+from workloads.numeric import Num, any_true, maximum, where
 from workloads.op import Op
 from workloads.ops.collective import Collective
 from workloads.work import Work
 
 KINDS: Final = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv")
+POINT_TO_POINT: Final = ("all_to_all", "send_recv")
+"""Kinds that libraries put together from sends: nobody waits for a neighbour's neighbour."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CollectiveTransfer(Op):
-    """A collective of `num_bytes` over `num_ranks` ranks on `num_nodes` nodes, seen by one rank.
+    """A collective of `num_bytes` over the `num_ranks` ranks of one node, seen by one rank.
 
     >>> op = CollectiveTransfer(kind="all_reduce", num_bytes=2**20, num_ranks=8)
     >>> op.wire_bytes() == 2 * 7 * 2**20 / 8, op.num_steps(), op.compulsory_bytes() == 2**21
@@ -43,22 +47,21 @@ class CollectiveTransfer(Op):
     kind: str = "all_reduce"
     num_bytes: Num
     num_ranks: Num
-    num_nodes: Num = 1
     dtype: DType = BF16
 
     def check(self) -> None:
-        """A known kind, and no more nodes than ranks."""
+        """A known kind."""
         if self.kind not in KINDS:
             raise UnknownNameError("collective", self.kind, KINDS)
-        if any_true(self.num_nodes > self.num_ranks):
-            raise InputError(f"{self.name}: more nodes than ranks; give num_nodes <= num_ranks")
 
     def wire_bytes(self) -> Num:
-        """Bytes the busiest rank sends (ring)."""
+        """Bytes the busiest rank sends (ring, or directly)."""
         return Collective(self.kind, self.num_bytes, self.num_ranks).wire_bytes()
 
     def num_steps(self) -> Num:
-        """Dependent steps (ring)."""
+        """Dependent steps: those of the ring, one for kinds made of sends."""
+        if self.kind in POINT_TO_POINT:
+            return where(self.num_ranks > 1, 1, 0)
         return Collective(self.kind, self.num_bytes, self.num_ranks).num_steps()
 
     def compulsory_bytes(self) -> Num:
@@ -89,3 +92,64 @@ class CollectiveTransfer(Op):
             return 0.0
         elements = self.num_bytes / self.dtype.bytes_per_element
         return elements * maximum(self.num_ranks - 1, 0) / self.num_ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterCollective(CollectiveTransfer):
+    """The same over `num_ranks` ranks spread evenly over `num_nodes` nodes.
+
+    >>> op = ClusterCollective(num_bytes=2**20, num_ranks=16, num_nodes=2)
+    >>> op.num_rounds(), op.crossing_bytes() == 2 * 15 * 2**20 / 16
+    (2, True)
+    """
+
+    name: ClassVar[str] = "cluster_collective"
+    num_nodes: Num = 1
+
+    def check(self) -> None:
+        """No more nodes than ranks."""
+        super().check()
+        if any_true(self.num_nodes > self.num_ranks):
+            raise InputError(f"{self.name}: more nodes than ranks; give num_nodes <= num_ranks")
+
+    def num_rounds(self) -> Num:
+        """Dependent steps from node to node."""
+        if self.kind in POINT_TO_POINT:
+            return where(self.num_nodes > 1, 1, 0)
+        return Collective(self.kind, self.num_bytes, self.num_nodes).num_steps()
+
+    def crossing_bytes(self) -> Num:
+        """Bytes that leave a node: what one ring sends over each of its links, or addresses
+        beyond the node for all its ranks together.
+        """
+        if self.kind != "all_to_all":
+            return where(self.num_nodes > 1, self.wire_bytes(), 0.0)
+        away = (self.num_nodes - 1) / self.num_nodes
+        return self.num_bytes * away * self.num_ranks / self.num_nodes
+
+
+@dataclass(frozen=True, kw_only=True)
+class CustomAllReduce(CollectiveTransfer):
+    """The all-reduce kernels of serving frameworks: peers' buffers are read directly.
+
+    One-shot reads all n - 1 buffers, two-shot a part of each and then the others' sums:
+
+    >>> op = CustomAllReduce(num_bytes=2**20, num_ranks=8)
+    >>> op.one_shot_bytes() == 7 * 2**20, op.two_shot_bytes() == 2 * 7 * 2**20 / 8
+    (True, True)
+    """
+
+    name: ClassVar[str] = "custom_all_reduce"
+
+    def check(self) -> None:
+        """All-reduce is what these kernels do."""
+        if self.kind != "all_reduce":
+            raise UnknownNameError(self.name, self.kind, ("all_reduce",))
+
+    def one_shot_bytes(self) -> Num:
+        """Bytes a rank reads over its link where it reads whole buffers."""
+        return maximum(self.num_ranks - 1, 0) * self.num_bytes
+
+    def two_shot_bytes(self) -> Num:
+        """The same where it reads its part of each, then the sums."""
+        return 2 * maximum(self.num_ranks - 1, 0) / self.num_ranks * self.num_bytes
