@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from hwmodels.calibration import Calibration
 from simulator.estimate import BEST
 from validate.measurement import Measurement, Refusal
-from validate.predictions import SCOPES, Predictions, fitted_on, predict
+from validate.predictions import ENDS, SCOPES, Predictions, fitted_on, predict
 
 __all__ = [
     "Ablation", "Comparison", "Errors", "Points", "Table", "Unsupported", "compare", "errors",
@@ -144,8 +144,8 @@ class Points:
     def joined(self, name: str) -> str | None:
         """The distinct values of a column of '+'-joined texts, joined; None where there is none."""
         found = {part for text in set(getattr(self, name)) for part in text.split("+") if part}
-        order = SCOPES.index if name == "scope" else str
-        return "+".join(sorted(found, key=order)) or None  # type: ignore[arg-type]
+        listed = [s for s in SCOPES if s in found] if name == "scope" else sorted(found)
+        return "+".join(listed) or None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -284,8 +284,11 @@ def _points(rows: Sequence[Measurement], found: Predictions, where: Sequence[int
         return texts(lambda i: getattr(rows[i], name))
 
     index = np.array(where, dtype=np.intp)
+    labels: dict[str, Any] = {n: said(n) for n in ("family", "gpu", "device_id", "op", "dtype")}
+    figures: dict[str, Any] = {n: getattr(found, n)[index] for n in (*ENDS, "lower_s", "warm_s")}
     return Points(
-        **{name: said(name) for name in ("family", "gpu", "device_id", "op", "dtype", "source")},
+        **labels,
+        source=said("source"),
         rung=texts(found.rung),
         scope=texts(found.scope),
         model=texts(lambda i: "+".join(found.models(i))),
@@ -293,10 +296,7 @@ def _points(rows: Sequence[Measurement], found: Predictions, where: Sequence[int
         flagged=np.array([bool(found.flags(i)) for i in where], dtype=bool),
         measured_s=np.array([rows[i].seconds for i in where], dtype=np.float64),
         predicted_s=found.seconds[index],
-        **{
-            name: getattr(found, name)[index]
-            for name in ("low_80_s", "high_80_s", "low_90_s", "high_90_s", "lower_s", "warm_s")
-        },
+        **figures,
     )
 
 

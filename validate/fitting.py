@@ -4,7 +4,7 @@ Minimised over the logarithms of the constants, within their bounds, over rows i
 
     sum_i rho(log(predicted_i / measured_i) / C) + sum_j rho((log value_j - log start_j) / spread_j)
 
-rho(z) = 2 (sqrt(1 + z^2) - 1), the soft l1 loss; C = 0.05, the size of an error that counts like one
+rho(z) = 2 (sqrt(1 + z^2) - 1), the soft l1 loss; C = 0.05, an error that counts like one
 prior standard deviation. A constant with labels has a factor per label value, with a prior of its
 own around 1. Whole models are fitted together where a row runs kernels of several.
 """

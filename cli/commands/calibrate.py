@@ -129,9 +129,7 @@ def _fitted(
         fitted = calibrate_all(measured, devices, models=models, donors=donors)
         kept = [c for c in fitted if c.models]
         if not kept:
-            raise InputError(
-                "no kernel model has enough rows to be fitted; give at least 20 a model"
-            )
+            raise InputError("no kernel model has the 20 rows a fit needs; give more rows")
         others = [c for c in donors if c.device_id not in {k.device_id for k in kept}]
         done = with_transfer(kept, measured, others)
     return list(done)

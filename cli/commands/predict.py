@@ -52,8 +52,8 @@ def predict(
 
     \b
     Examples:
-      ridgeplan predict kernels_gemm.csv --out predicted.csv
-      ridgeplan predict kernels_gemm.csv --device 'My GPU=./my-gpu.toml' --json
+      ridgeplan predict measured/kernels_gemm.csv --out predicted.csv
+      ridgeplan predict measured/kernels_gemm.csv --device 'My GPU=./my-gpu.toml' --json
     """
     if out is not None:
         check_writable([out])
@@ -79,8 +79,8 @@ def predict(
         sys.stdout.buffer.write(_csv(file, found, answers).encode())
         sys.stdout.buffer.flush()
     else:
-        print(f"wrote {out}")
-    _summary(found, answers)
+        print(f"wrote {out}: {_counts(found, answers)}")
+    _warn(found, answers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,18 +241,26 @@ def _mape(answers: Sequence[Answer]) -> float | None:
     return sum(apes) / len(apes) if apes else None
 
 
-def _summary(found: Records, answers: Sequence[Answer]) -> None:
-    """How many rows were predicted, and by reason those that were not, on stderr."""
+def _counts(found: Records, answers: Sequence[Answer]) -> str:
+    """How many rows were predicted, and how well where they state a time."""
     num_rows = sum(made is not None for _, made in found.lines)
     predicted, mape = sum(a.predicted for a in answers), _mape(answers)
     held = sum(a.predicted and math.isfinite(a.measured_s) for a in answers)
     error = "" if mape is None else f"; MAPE {100 * mape:.1f} % on the {held} that state a time"
-    counts = f"{num_rows} rows: {predicted} predicted, {num_rows - predicted} without"
-    print(f"ridgeplan: {counts}{error}", file=sys.stderr)
+    return f"{num_rows} rows: {predicted} predicted, {num_rows - predicted} without{error}"
+
+
+def _warn(found: Records, answers: Sequence[Answer]) -> None:
+    """On stderr, by reason, the rows without a prediction; nothing where there are none."""
     reasons = _reasons(found, answers)
+    if not reasons:
+        return
+    print(f"ridgeplan: warning: {_counts(found, answers)}", file=sys.stderr)
     for reason, n, line in reasons[:MOST_REASONS]:
-        print(f"ridgeplan: warning: {n} rows (first: line {line}): {shown(reason, 300)}",
-              file=sys.stderr)  # fmt: skip
+        print(
+            f"ridgeplan: warning: {n} rows (first: line {line}): {shown(reason, 300)}",
+            file=sys.stderr,
+        )
     if len(reasons) > MOST_REASONS:
         print(f"ridgeplan: warning: and {len(reasons) - MOST_REASONS} more reasons; see the notes",
               file=sys.stderr)  # fmt: skip

@@ -56,8 +56,8 @@ def validate(
     \b
     Examples:
       ridgeplan validate measured/ --html accuracy.html
-      ridgeplan validate kernels_gemm.csv --ablation
-      ridgeplan validate measured/ --calibration mine.json --device 'My GPU=./my-gpu.toml'
+      ridgeplan validate measured/ --family gemm --ablation
+      ridgeplan validate measured/ --device 'My GPU=./my-gpu.toml'
     """
     from cli.charts.picture import asked_for
 

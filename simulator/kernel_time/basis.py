@@ -8,8 +8,8 @@ A device without a calibration of its own borrows, in this order and never in si
     nominal       the constants' start values, where nothing was ever fitted
 
 A constant with a factor for the run's label (its kernel, its dtype) is taken from the donors that
-have that factor; where none has, as the donors' usual kernel has it. The interval of a borrowed prediction is
-wider: of 'mean', that of predicting each donor from the other architectures.
+have that factor; where none has, as the donors' usual kernel has it. The interval of a borrowed
+prediction is wider: of 'mean', that of predicting each donor from the other architectures.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from hwmodels import catalog
 from hwmodels.calibration import (
     POOLED,
     Calibration,
-    FittedConstant,
     ModelCalibration,
     Residuals,
     shipped,

@@ -6,14 +6,18 @@ BW per direction and the bytes that a ring's busiest link carries, with its star
     wire = B / n (k (n - 1) + start)
 
     T = launch + min over
-        LL       ll_step S + wire / (ll BW)                      small messages: flags and data
+        LL       ll_step S + wire / (ll SMs f) + 2 wire / BW     small messages: half is flags
         LL128    ll128 + |ll128_step S, wire / (ll128 BW)|       a flag every 128 bytes
         Simple   simple + |simple_step S, wire / (simple BW)|    large messages, memory fences
         NVLS     nvls + (n + 1) / n B / (nvls BW)                all-reduce inside the switch
 
 LL, LL128 and Simple are NCCL's protocols, NVLS its in-switch algorithm (NCCL documentation,
 NCCL_PROTO and NCCL_ALGO); |a, b| is the 2-norm: steps of later chunks hide behind earlier ones.
-A send starts none of another rank's, so kinds made of sends take one step. LL128 needs NVLink, NVLS
+A send alone takes one step, by LL or by
+
+        sends    send + wire / (simple BW)
+
+LL128 needs NVLink, NVLS
 a Hopper or later GPU on a switch and a floating-point format. `custom_all_reduce`:
 
         one-shot oneshot + (n - 1) B / (oneshot BW)              every rank reads all buffers
@@ -26,18 +30,18 @@ two CPU sockets, between which `SOCKET_FRAC` of the bandwidth is left.
 
 `cluster_collective`, several nodes of r ranks with a network port each:
 
-    T = launch + net_step rounds + |crossing / (r net), wire / (link BW)|
+    T = launch + net_step rounds + |crossing / (r net port), wire / (link BW)|
 
 `expert_exchange`, for dispatch and combine of routed experts: T tokens of h bytes, E experts
 
-    T = launch + E expert + h / row + |wire / (link BW), crossing / net|
+    T = launch + E expert + h / row + |wire / (link BW), crossing / (net port)|
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Final
 
+from hwmodels.device import Device
 from hwmodels.errors import UnsupportedError
 from simulator.kernel_time.constants import Constant
 from simulator.kernel_time.model import Conditions, Constants, KernelModel, KernelTime
@@ -46,7 +50,6 @@ from simulator.kernel_time.terms import overlap, smaller
 from workloads.numeric import Condition, Num, where
 from workloads.op import Op
 from workloads.ops.collective_transfer import (
-    POINT_TO_POINT,
     ClusterCollective,
     CollectiveTransfer,
     CustomAllReduce,
@@ -62,6 +65,8 @@ PCIE_STEP: Final = 1.67
 """Steps over PCI Express against NVLink: NCCL's tables (src/graph/tuning.cc), 1.0 to 0.6 us (LL)
 and 5.7 to 3.4 us (Simple)."""
 PCIE: Final = "pcie"
+PCIE_CARD: Final = "PCIe"
+"""How the link is called, and how the form factor of a card begins."""
 SWITCHED_REDUCTION: Final = ("9", "10")
 """Compute capabilities (major) of parts whose NVLink switch reduces."""
 
@@ -71,8 +76,8 @@ CONSTANTS: Final = (
              start=6e-6, low=5e-7, high=6e-5, spread=0.7, by=K),
     Constant(name="ll_step_s", meaning="one step of LL: a flag's way", unit="s",
              start=9e-7, low=1e-7, high=1e-5, spread=0.5, by=K),
-    Constant(name="ll_frac", meaning="share of the link that LL's payload gets", unit="1",
-             start=0.05, low=0.005, high=0.5, spread=0.7, by=K),
+    Constant(name="ll_bytes_per_clk", meaning="bytes an SM's share of the channels sends by LL",
+             unit="B/clk/SM", start=0.06, low=0.005, high=2.0, spread=0.7, by=K),
     Constant(name="ll128_s", meaning="set-up of LL128", unit="s",
              start=1.5e-6, low=1e-8, high=2e-5, spread=0.7, by=K),
     Constant(name="ll128_step_s", meaning="one step of LL128", unit="s",
@@ -85,6 +90,8 @@ CONSTANTS: Final = (
              start=2e-6, low=1e-7, high=4e-5, spread=0.7, by=K),
     Constant(name="simple_frac", meaning="share of the link that Simple's payload gets", unit="1",
              start=0.75, low=0.1, high=1.0, spread=0.2, by=K),
+    Constant(name="send_s", meaning="set-up of a plain send", unit="s",
+             start=5e-6, low=1e-7, high=5e-5, spread=0.7),
     Constant(name="start", meaning="steps' worth of traffic of starting and ending a ring",
              unit="1", start=0.4, low=0.01, high=3.0, spread=0.5, by=K),
     Constant(name="nvls_s", meaning="set-up of the reduction inside the switch", unit="s",
@@ -120,8 +127,8 @@ CLUSTER_CONSTANTS: Final = (
              start=2e-5, low=1e-6, high=1e-4, spread=0.7, by=K),
     Constant(name="net_step_s", meaning="one step between nodes", unit="s",
              start=1.5e-5, low=1e-6, high=2e-4, by=K),
-    Constant(name="net_bytes_per_s", meaning="network bandwidth of one rank's port", unit="B/s",
-             start=2.5e10, low=5e8, high=2e11, by=K),
+    Constant(name="net_frac", meaning="share of the network ports' bandwidth", unit="1",
+             start=0.6, low=0.01, high=1.0, spread=0.7, by=K),
     Constant(name="link_frac", meaning="share of the link inside a node", unit="1",
              start=0.7, low=0.1, high=1.0, spread=0.3),
 )  # fmt: skip
@@ -135,8 +142,8 @@ EXPERT_CONSTANTS: Final = (
              start=2e9, low=1e8, high=1e12, by=K),
     Constant(name="link_frac", meaning="share of the link that tokens get", unit="1",
              start=0.5, low=0.02, high=1.0, spread=0.6, by=K),
-    Constant(name="net_bytes_per_s", meaning="network bandwidth of one rank's port", unit="B/s",
-             start=4e10, low=1e9, high=2e11, by=K),
+    Constant(name="net_frac", meaning="share of the network port's bandwidth", unit="1",
+             start=0.7, low=0.02, high=1.0, spread=0.5, by=K),
     Constant(name="net_step_s", meaning="latency of the network, once", unit="s",
              start=1e-5, low=1e-7, high=2e-4, by=K),
 )  # fmt: skip
@@ -149,11 +156,15 @@ def collective_seconds(
     c = constants
     link, carded = _link(op.num_ranks, rates)
     wire, steps = _wire(op, c["start"]), _slower(op.num_steps(), carded)
-    simple = c["simple_s"] + _pair(c["simple_step_s"] * steps, wire / (c["simple_frac"] * link))
-    best = smaller(simple, c["ll_step_s"] * steps + wire / (c["ll_frac"] * link))
-    if op.kind not in POINT_TO_POINT:
-        ll128 = _pair(c["ll128_step_s"] * steps, wire / (c["ll128_frac"] * link))
-        best = smaller(best, where(carded, best, c["ll128_s"] + ll128))
+    sent = wire / (c["ll_bytes_per_clk"] * rates.sm_clocks_per_s) + 2 * wire / link
+    best = c["ll_step_s"] * steps + sent
+    whole = wire / (c["simple_frac"] * link)
+    if op.kind == "send_recv":
+        best = smaller(best, c["send_s"] + whole)
+        return _timed(op, rates, c["launch_s"], best)
+    best = smaller(best, c["simple_s"] + _pair(c["simple_step_s"] * steps, whole))
+    ll128 = _pair(c["ll128_step_s"] * steps, wire / (c["ll128_frac"] * link))
+    best = smaller(best, where(carded, best, c["ll128_s"] + ll128))
     if op.kind == "all_reduce" and _reduces_in_switch(op, rates):
         gathered = (op.num_ranks + 1) / op.num_ranks * op.num_bytes
         switched = c["nvls_s"] + gathered / (c["nvls_frac"] * link)
@@ -164,10 +175,7 @@ def collective_seconds(
 def custom_seconds(
     op: CustomAllReduce, rates: Rates, constants: Constants, conditions: Conditions
 ) -> KernelTime:
-    """Seconds of a framework's own all-reduce; sizes and rates broadcast.
-
-    Frameworks use these kernels over PCI Express for two ranks only (vLLM's documentation).
-    """
+    """Seconds of a framework's own all-reduce; sizes and rates broadcast."""
     c = constants
     link, carded = _link(op.num_ranks, rates)
     steps = _slower(op.num_steps(), carded)
@@ -179,8 +187,7 @@ def custom_seconds(
         op.one_shot_bytes() / (c["oneshot_frac"] * link),
         c["twoshot_s"] + op.two_shot_bytes() / (c["twoshot_frac"] * link),
     )
-    best = where(carded & (op.num_ranks > 2), ring, smaller(own, ring))
-    return _timed(op, rates, c["launch_s"], best)
+    return _timed(op, rates, c["launch_s"], smaller(own, ring))
 
 
 def cluster_seconds(
@@ -190,7 +197,7 @@ def cluster_seconds(
     c = constants
     each = op.num_ranks / op.num_nodes
     link, _ = _link(each, rates)
-    crossing = op.crossing_bytes() / (each * c["net_bytes_per_s"])
+    crossing = op.crossing_bytes() / (each * c["net_frac"] * op.port_bytes_per_s)
     inside = where(each > 1, op.wire_bytes(), 0.0) / (c["link_frac"] * link)
     network = c["net_step_s"] * op.num_rounds()
     return _timed(op, rates, c["launch_s"] + network, _pair(crossing, inside))
@@ -205,7 +212,8 @@ def expert_seconds(
     floor = c["launch_s"] + c["expert_s"] * op.num_experts + op.row_bytes() / c["row_bytes_per_s"]
     away = where(op.num_nodes > 1, c["net_step_s"], 0.0)
     moved = _pair(
-        op.wire_bytes() / (c["link_frac"] * link), op.crossing_bytes() / c["net_bytes_per_s"]
+        op.wire_bytes() / (c["link_frac"] * link),
+        op.crossing_bytes() / (c["net_frac"] * op.port_bytes_per_s),
     )
     return _timed(op, rates, floor + away, moved)
 
@@ -232,20 +240,31 @@ def _slower(steps: Num, carded: Condition) -> Num:
     return steps * where(carded, PCIE_STEP, 1.0)
 
 
+def over_cards(num_ranks: Num, device: Device) -> Condition:
+    """Do so many ranks talk over PCI Express? Cards have bridges between two at most.
+
+    >>> from hwmodels import catalog
+    >>> [over_cards(n, catalog.device("h100-pcie")) for n in (2, 4)]
+    [False, True]
+    """
+    fastest = max(device.links, key=lambda link: link.bytes_per_s, default=None)
+    if fastest is None or all(link.name != PCIE for link in device.links):
+        return False
+    if fastest.name == PCIE:
+        return num_ranks > 0
+    return (num_ranks > 2) & (device.form_factor or "").startswith(PCIE_CARD)
+
+
 def _link(num_ranks: Num, rates: Rates) -> tuple[Num, Condition]:
     """Bandwidth that joins so many ranks, and whether that is PCI Express."""
     device = rates.device
     if not device.links:
         raise UnsupportedError(f"{device.id} has no link; give its spec file one")
-    fastest = max(device.links, key=lambda link: link.bytes_per_s)
-    pcie = next((link for link in device.links if link.name == PCIE), None)
-    if pcie is None:
-        return rates.link_bytes_per_s, False
-    cards = (device.form_factor or "").startswith("PCIe")
-    carded: Condition = (num_ranks > 2) & cards if fastest is not pcie else num_ranks > 0
-    share = pcie.bytes_per_s / fastest.bytes_per_s
+    carded = over_cards(num_ranks, device)
+    fastest = max(link.bytes_per_s for link in device.links)
+    pcie = next((link.bytes_per_s for link in device.links if link.name == PCIE), fastest)
     crossing = where(num_ranks > SOCKET_RANKS, SOCKET_FRAC, 1.0)
-    return rates.link_bytes_per_s * where(carded, share * crossing, 1.0), carded
+    return rates.link_bytes_per_s * where(carded, pcie / fastest * crossing, 1.0), carded
 
 
 def _reduces_in_switch(op: CollectiveTransfer, rates: Rates) -> bool:
@@ -253,7 +272,7 @@ def _reduces_in_switch(op: CollectiveTransfer, rates: Rates) -> bool:
     device = rates.device
     major = (device.compute_capability or "").split(".")[0]
     switched = any(link.name == "nvlink" for link in device.links)
-    cards = (device.form_factor or "").startswith("PCIe")
+    cards = (device.form_factor or "").startswith(PCIE_CARD)
     floating = not op.dtype.name.startswith("int")
     return major in SWITCHED_REDUCTION and switched and not cards and floating
 

@@ -37,6 +37,7 @@ CONSTANTS: Final = (
         replace(c, by=DD, spread=0.5) if c.name in ("mma_frac", "feed_bytes_per_clk") else
         replace(c, by=("direction",)) if c.name in ("launch_s", "tile_s") else c
         for c in gemm.CONSTANTS
+        if c.name != "l2_frac"
     ),
     Constant(name="winograd_frac", meaning="share of the direct rate that the 36 products reach",
              unit="1", start=0.7, low=0.1, high=1.0, spread=0.4, by=DD),

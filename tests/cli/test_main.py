@@ -14,6 +14,7 @@ import pytest
 from cli import __version__
 from cli import main as main_module
 from cli.main import main
+from hwmodels.calibration import FOLDER
 from tests.cli.running import ROOT, python, ridgeplan
 from tests.synthetic import gemm_rows, write_rows
 
@@ -73,7 +74,9 @@ def test_the_examples_in_the_help_work(
     shutil.copy(ROOT / "hwmodels" / "data" / "devices" / "h100-sxm.toml", tmp_path / "my-gpu.toml")
     for name in ("measured", "calibrations"):
         (tmp_path / name).mkdir()
-    write_rows(tmp_path / "measured" / "kernels_gemm.csv", gemm_rows(count=120))
+    for folder in ("measured", "."):
+        write_rows(tmp_path / folder / "kernels_gemm.csv", gemm_rows(count=120))
+    shutil.copy(FOLDER / "t4.json", tmp_path / "mine.json")
     monkeypatch.chdir(tmp_path)
     assert main(shlex.split(example)[1:]) == 0
     out, err = capsys.readouterr()
@@ -114,7 +117,7 @@ BAD = {
     "missing argument": (("estimate",), "estimate --help"),
     "missing option": (("estimate", *MATMUL), "--device"),
     "unknown device": (("estimate", *MATMUL, "-d", "h1000-sxm"), "did you mean h100-sxm"),
-    "unknown op": (("estimate", "matmull", "-d", "h100-sxm"), "did you mean matmul?"),
+    "unknown op": (("estimate", "matmull", "-d", "h100-sxm"), "did you mean matmul"),
     "not modelled": (("estimate", "hydragen", "-d", "h100-sxm"), "not modelled yet"),
     "unknown param": (("estimate", *MATMUL, "-p", "batches=1", "-d", "h100-sxm"), "batch"),
     "missing param": (("estimate", "matmul", "-p", "m=1", "-d", "h100-sxm"), "needs n, k"),

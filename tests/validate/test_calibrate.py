@@ -13,6 +13,7 @@ import pytest
 from hwmodels.calibration import POOLED, Calibration, read_calibration
 from tests.synthetic import gemm_rows
 from validate.calibrate import (
+    MOST_OF_A_KIND,
     as_document,
     calibrate,
     calibrate_all,
@@ -98,7 +99,7 @@ def test_too_few_rows_fit_nothing(rows: list[Measurement]) -> None:
 def test_the_general_path_is_fitted_beside_the_models(rows: list[Measurement]) -> None:
     found = calibrate(rows[:120], "h100-sxm")
     assert set(found.models) == {"gemm", "general"}
-    assert found.models["general"].residuals[POOLED].num_rows == 120
+    assert found.models["general"].residuals[POOLED].num_rows == MOST_OF_A_KIND
 
 
 def test_a_few_rows_buy_most_of_what_many_do(rows: list[Measurement]) -> None:

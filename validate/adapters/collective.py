@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Final
+from typing import Any, Final
 
+from hwmodels import catalog
 from hwmodels.dtypes import BF16, FP8, FP32, INT8, DType
+from simulator.kernel_time.collective import over_cards
 from simulator.kernel_time.model import Conditions
-from validate.adapters.part import Part, framework, part, uncounted
+from validate.adapters.part import Part, framework, host_of, part, uncounted
 from validate.measurement import Measurement
 from workloads.ops.collective_transfer import (
-    POINT_TO_POINT,
     ClusterCollective,
     CollectiveTransfer,
     CustomAllReduce,
@@ -37,22 +38,39 @@ def collective(row: Measurement) -> tuple[Part, ...]:
     if p["gpus"] < 2:
         uncounted("a collective of one rank moves nothing")
     sizes = {"num_bytes": p["bytes"], "num_ranks": p["gpus"]}
-    fixed = {"kind": row.op, "dtype": FORMATS.get(pieces[-1], BF16)}
+    fixed: dict[str, Any] = {"kind": row.op, "dtype": FORMATS.get(pieces[-1], BF16)}
     if p["nodes"] > 1:
         sizes["num_nodes"] = p["nodes"]
+        fixed["port_bytes_per_s"] = _port(row, pieces)
         return (part(ClusterCollective, sizes, _run(row, pieces), **fixed),)
-    if "custom_ar_graph" in pieces:
+    if "custom_ar_graph" in pieces and (p["gpus"] == 2 or not _cards(row)):
         return (part(CustomAllReduce, sizes, Conditions(kernel=framework(row)), **fixed),)
     return (part(CollectiveTransfer, sizes, _run(row, pieces), **fixed),)
 
 
+def _cards(row: Measurement) -> bool:
+    """Are the ranks joined by PCI Express? Frameworks then leave more than two to the library
+    (vLLM: "custom allreduce is disabled" there).
+    """
+    if row.device_id not in catalog.device_ids():
+        return False
+    return bool(over_cards(row.params["gpus"], catalog.device(row.device_id)))
+
+
+def _port(row: Measurement, pieces: list[str]) -> float:
+    """Bytes per second of one rank's network port: NVIDIA's DGX A100 has 200 Gbit/s a GPU, DGX
+    H100 and AWS p6-b200 400 Gbit/s; 100 Gbit/s is taken for servers of cards.
+    """
+    if "pairwise" in pieces[-1]:
+        return 12.5e9
+    return 25e9 if row.device_id.startswith("a100") else 50e9
+
+
 def _run(row: Measurement, pieces: list[str]) -> Conditions:
-    """The library's kernel: chains and sends differ, and so does what a publisher's timer holds."""
-    sends = "-p2p" if row.op in POINT_TO_POINT else ""
+    """The library's kernel; a profiler's times wait for the last rank, longer in chains."""
     if pieces[0] == "vidur":
-        return Conditions(kernel=PROFILED + sends)
-    host = {"llmcompass": "llmcompass", "deepbench": "deepbench", "stas00": "stas00"}
-    return Conditions(kernel=LIBRARY + sends, host=host.get(pieces[0], ""))
+        return Conditions(kernel=PROFILED + ("-p2p" if row.op == "send_recv" else ""))
+    return Conditions(kernel=LIBRARY, host=host_of(row))
 
 
 def exchange(row: Measurement) -> tuple[Part, ...]:

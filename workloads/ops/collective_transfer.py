@@ -1,9 +1,8 @@
 """Collectives as ops of one rank: what each kernel sends over its link, moves in memory and adds.
 
 With n ranks and B bytes (nccl-tests' size, see `workloads.ops.collective`), the ring algorithm's
-busiest rank sends `wire_bytes` over its link, in `num_steps` dependent steps; all_to_all sends to
-all at once, in one step. From and to its own memory a rank reads what it gives and writes what it
-gets:
+busiest rank sends `wire_bytes` over its link, in `num_steps` dependent steps. From and to its own
+memory a rank reads what it gives and writes what it gets:
 
     kind            read      written   additions per element
     all_reduce      B         B         (n - 1) / n
@@ -30,8 +29,6 @@ from workloads.ops.collective import Collective
 from workloads.work import Work
 
 KINDS: Final = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv")
-POINT_TO_POINT: Final = ("all_to_all", "send_recv")
-"""Kinds that libraries put together from sends: nobody waits for a neighbour's neighbour."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +56,7 @@ class CollectiveTransfer(Op):
         return Collective(self.kind, self.num_bytes, self.num_ranks).wire_bytes()
 
     def num_steps(self) -> Num:
-        """Dependent steps: those of the ring, one for kinds made of sends."""
-        if self.kind in POINT_TO_POINT:
-            return where(self.num_ranks > 1, 1, 0)
+        """Dependent steps (ring)."""
         return Collective(self.kind, self.num_bytes, self.num_ranks).num_steps()
 
     def compulsory_bytes(self) -> Num:
@@ -98,6 +93,8 @@ class CollectiveTransfer(Op):
 class ClusterCollective(CollectiveTransfer):
     """The same over `num_ranks` ranks spread evenly over `num_nodes` nodes.
 
+    Each rank has a network port of `port_bytes_per_s` per direction (50 GB/s: 400 Gbit/s).
+
     >>> op = ClusterCollective(num_bytes=2**20, num_ranks=16, num_nodes=2)
     >>> op.num_rounds(), op.crossing_bytes() == 2 * 15 * 2**20 / 16
     (2, True)
@@ -105,6 +102,7 @@ class ClusterCollective(CollectiveTransfer):
 
     name: ClassVar[str] = "cluster_collective"
     num_nodes: Num = 1
+    port_bytes_per_s: float = 50e9
 
     def check(self) -> None:
         """No more nodes than ranks."""
@@ -114,8 +112,6 @@ class ClusterCollective(CollectiveTransfer):
 
     def num_rounds(self) -> Num:
         """Dependent steps from node to node."""
-        if self.kind in POINT_TO_POINT:
-            return where(self.num_nodes > 1, 1, 0)
         return Collective(self.kind, self.num_bytes, self.num_nodes).num_steps()
 
     def crossing_bytes(self) -> Num:

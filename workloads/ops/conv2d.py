@@ -5,6 +5,9 @@ With batch N, channels C to K, output P x Q and filters R x S, every direction m
     direct     2 N K P Q C R S flops
     winograd   the same / 4 for 3 x 3 filters of stride 1: F(4 x 4, 3 x 3) takes 36 products where
                direct filtering takes 144 (Lavin and Gray 2016, arXiv 1509.09308, section 4.1)
+    best       of stride 1, the fewest of Winograd's F(4 x 4, R x S), (3 + R) (3 + S) products for
+               16 R S, and of FFTs in tiles of 32 x 32, 4 * 32 * 17 for (33 - R) (33 - S) R S
+               (Vasilache et al. 2015, arXiv 1412.7580)
 
 Directions: 'fwd' y = x * w, 'bwd_data' dx from dy and w, 'bwd_weight' dw from x and dy. Bytes are
 x, w and y (or their gradients) once. The algorithm 'best' is what a library picks by trying: it
@@ -19,7 +22,7 @@ from typing import ClassVar, Final
 
 from hwmodels.dtypes import FP32, DType
 from hwmodels.errors import UnknownNameError
-from workloads.numeric import Condition, Num, ceil_div, where
+from workloads.numeric import Condition, Num, ceil_div, maximum, where
 from workloads.op import Op
 from workloads.work import Work
 
@@ -80,9 +83,18 @@ class Conv2d(Op):
         return fits & (self.algorithm != "direct")
 
     def min_flops(self) -> Mapping[DType, Num]:
-        """Direct flops, or a quarter where Winograd's filtering applies."""
+        """Direct flops, or those of the thriftiest algorithm that the op allows."""
         direct = self.direct_flops()
+        if self.algorithm == "best":
+            return {self.computed_dtype: direct / self._most_saved()}
         return {self.computed_dtype: where(self.takes_winograd(), direct / SAVING, direct)}
+
+    def _most_saved(self) -> Num:
+        """Direct products over those of the most thrifty algorithm a library may have."""
+        r, s = self.kernel_h, self.kernel_w
+        winograd = 16 * r * s / ((3 + r) * (3 + s))
+        transforms = maximum(33 - r, 1) * maximum(33 - s, 1) * r * s / (4 * 32 * 17)
+        return where(self.stride == 1, maximum(maximum(winograd, transforms), 1), 1.0)
 
     def input_bytes(self) -> Num:
         """x, or its gradient."""

@@ -21,7 +21,7 @@ class CountedOp(Op):
     """`tensor_flops` in `dtype`, `vector_flops`, bytes moved once; `num_blocks` run at once.
 
     >>> CountedOp(moved_bytes=2**20, vector_flops=2**19).work(2**16).bytes
-    1048576
+    1048576.0
     """
 
     name: ClassVar[str] = "counted"

@@ -4,7 +4,7 @@ Each of T tokens of h elements goes to K of the E experts, spread evenly over n 
 With uniform routing (and choices taken as independent), the copies of a token that leave its rank
 and its node are
 
-    throughput kernels   (n - 1) (1 - (1 - 1/n)^K)    (N - 1) (1 - (1 - 1/N)^K)   once a rank, a node
+    throughput kernels  (n - 1) (1 - (1 - 1/n)^K)   (N - 1) (1 - (1 - 1/N)^K)   once a rank, a node
     low-latency kernels  K (n - 1) / n                K (N - 1) / N               once an expert
 
 The two kinds of kernel are those of DeepSeek's DeepEP (its README and kernels' documentation).
@@ -29,6 +29,8 @@ DIRECTIONS: Final = ("dispatch", "combine")
 class ExpertExchange(Op):
     """`num_tokens` tokens of one rank sent to their experts, or their results brought back.
 
+    Each rank has a network port of `port_bytes_per_s` per direction (50 GB/s: 400 Gbit/s).
+
     >>> op = ExpertExchange(num_tokens=128, hidden=4096, topk=8, num_experts=64, num_ranks=8)
     >>> round(op.copies(), 3), op.wire_bytes() == 128 * 4096 * 2 * op.copies()
     (4.595, True)
@@ -43,6 +45,7 @@ class ExpertExchange(Op):
     num_nodes: Num = 1
     direction: str = "dispatch"
     low_latency: bool = False
+    port_bytes_per_s: float = 50e9
     dtype: DType = BF16
 
     def check(self) -> None:

@@ -159,6 +159,10 @@ class FFTConvolution(LongConvolution):
 
     name: ClassVar[str] = "fft_convolution"
 
+    def blocks(self, fast_bytes: Num) -> Num | None:
+        """A block a channel of every sequence: transforms of different ones are independent."""
+        return self.batch * self.channels
+
     def tiling(self, fast_bytes: Num) -> Mapping[str, Num]:
         """`num_points` of each transform, the `fast_points` that fit, and the `num_passes`."""
         least = POINT_BYTES * minimum(self.num_points, 2)

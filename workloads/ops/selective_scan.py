@@ -135,6 +135,10 @@ class SelectiveScan(_SelectiveScan):
 
     name: ClassVar[str] = "mamba_scan"
 
+    def blocks(self, fast_bytes: Num) -> Num | None:
+        """A block a channel of every sequence, as the published kernel launches them."""
+        return self.batch * self.channels
+
     def tiling(self, fast_bytes: Num) -> Mapping[str, Num]:
         """Widths `tile_channels` and `tile_steps`, and the `num_channel_tiles`."""
         n, e = self.state_dim, self.dtype.bytes_per_element

@@ -22,6 +22,8 @@ from simulator.kernel_time.registry import MODELS, model_of
 from tests.simulator.test_estimate import small
 from workloads import registry
 from workloads.op import Op
+from workloads.ops.collective_transfer import CollectiveTransfer
+from workloads.ops.conv2d import Conv2d
 
 DEVICES = ("h100-sxm", "a100-sxm4-80gb", "b200-sxm", "rtx-pro-6000-blackwell-server", "mi300x")
 KERNELS = ("custom-vllm", "vllm:fa3", "sglang:triton")
@@ -31,13 +33,13 @@ RATES = [field for field in PATHS if field != "num_sms"]
 
 
 def sizes(op: Op) -> Iterator[tuple[str, float]]:
-    """The op's sizes that may grow: whole numbers that are neither flags nor fractions."""
+    """The op's sizes that may grow: neither fractions nor the ranks that share the work."""
     for f in dataclasses.fields(op):
         value = getattr(op, f.name)
         if (
             "Num" in str(f.type)
             and isinstance(value, (int, float))
-            and not f.name.endswith("_frac")
+            and not f.name.endswith(("_frac", "_ranks", "_nodes"))
         ):
             yield f.name, value
 
@@ -132,6 +134,10 @@ def asked_for() -> dict[str, set[str]]:
     for name in registry.names():
         for dtype in (BF16, FP16, FP32):
             op = small(name, dtype)
+            if isinstance(op, Conv2d):
+                op = op.over(algorithm="best")
+            if type(op) is CollectiveTransfer:
+                op = op.over(kind="send_recv") if dtype == BF16 else op
             model = model_of(type(op))
             for l2, kernel in product(("cold", REPLAYED, ROTATED), ("", *KERNELS)):
                 reads = Reads(model.nominal())

@@ -8,7 +8,6 @@ from hwmodels.dtypes import BF16, FP8, FP16, FP32, INT4, NVFP4
 from simulator.kernel_time.model import COLD, REPLAYED, ROTATED
 from validate.adapters import Uncounted, parts
 from validate.measurement import Measurement
-from workloads.ops.collective_transfer import CollectiveTransfer
 from workloads.ops.conv2d import Conv2d
 from workloads.ops.matmul import BatchedMatmul, Matmul
 from workloads.ops.prefill_attention import MlaPrefill
@@ -56,21 +55,23 @@ def test_recurrent_layers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "op", "kernel", "nodes"),
+    ("source", "op", "name", "kernel", "nodes"),
     [
-        ("aic/nccl-2.27/half", "all_gather", "nccl", 1),
-        ("aic/sglang-0.5/custom_ar_graph/bf16", "all_reduce", "custom-sglang", 1),
-        ("vidur/network/a100_dgx", "send_recv", "nccl-vidur-p2p-nodes", 2),
-        ("aic/deepep-ll/T8_H2_K8", "moe_dispatch_fp8", "deepep-ll-dispatch", 1),
-        ("stas00/torch/p6", "all_reduce", "nccl-stas00-nodes", 4),
+        ("aic/nccl-2.27/half", "all_gather", "collective", "nccl", 1),
+        ("aic/sglang-0.5/custom_ar_graph/bf16", "all_reduce", "custom_all_reduce", "sglang", 1),
+        ("vidur/network/a100_dgx", "send_recv", "cluster_collective", "nccl-profiled-p2p", 2),
+        ("aic/deepep-ll/T8_H2048_K8_E64", "moe_dispatch_fp8", "expert_exchange",
+         "deepep-ll-dispatch", 1),
+        ("stas00/torch/p6/fp32", "all_reduce", "cluster_collective", "nccl", 4),
     ],
-)
-def test_collectives(source: str, op: str, kernel: str, nodes: int) -> None:
+)  # fmt: skip
+def test_collectives(source: str, op: str, name: str, kernel: str, nodes: int) -> None:
     part, found = only(op, GROUP | {"nodes": nodes}, source, "")
-    assert isinstance(found, CollectiveTransfer)
-    assert part.conditions.kernel == kernel
-    assert found.kind == ("all_to_all" if op.startswith("moe") else op)
-    assert (found.num_ranks, found.num_nodes) == (8, nodes)
+    assert found.name == name and part.conditions.kernel == kernel
+    assert found.num_ranks == 8
+    assert getattr(found, "num_nodes", 1) == nodes
+    if op != "moe_dispatch_fp8":
+        assert found.kind == op and found.num_bytes == 4096
 
 
 @pytest.mark.parametrize(
