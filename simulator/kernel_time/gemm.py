@@ -48,11 +48,13 @@ Product: TypeAlias = Matmul | QuantisedMatmul
 
 STEP_BYTES: Final = 128
 """Bytes of k that one pipeline stage loads of each row: one shared-memory line."""
+LANE_STEP_BYTES: Final = 32
+"""The same for kernels on fp32 lanes: 8 values of k (CUTLASS' SIMT kernels)."""
 DROOP_S: Final = 30e-6
 """Time scale on which the clock gives way; a fixed figure, the constant `droop` is its size."""
 COPIES: Final = 5
 """Copies of the weights that a rotated benchmark takes in turn (its publisher's rule)."""
-SKINNY: Final = 32
+SKINNY: Final = 16
 """Tiles of at most this many rows serve products of no more rows than the tile has."""
 GIVEN: Final = "given"
 """Stands for the state of the L2 where the traffic is given."""
@@ -64,7 +66,7 @@ CONSTANTS: Final = (
     Constant(name="launch_s", meaning="floor of a kernel: launch, first and last block", unit="s",
              start=2.2e-6, low=2e-7, high=2e-5, spread=0.7, by=("kernel",)),
     Constant(name="mma_frac", meaning="sustained share of the peak matrix rate", unit="1",
-             start=0.9, low=0.1, high=1.0, spread=0.2, by=("dtype",)),
+             start=0.9, low=0.1, high=1.0, spread=0.2, by=("kernel", "dtype")),
     Constant(name="lane_energy_j", meaning="board energy of one flop of the fp32 lanes", unit="J",
              start=1.2e-11, low=3e-12, high=6e-11, spread=0.7),
     Constant(name="hbm_frac", meaning="sustained share of the device-memory bandwidth", unit="1",
@@ -86,19 +88,17 @@ CONSTANTS: Final = (
     Constant(name="ragged_frac", meaning="share of whole-wave quantisation", unit="1",
              start=0.15, low=0.01, high=1.0, fitted=False, source=JOINT),
     Constant(name="sum_bytes_per_clk", meaning="L2 traffic of adding parts of k", unit="B/clk/SM",
-             start=50.0, low=5.0, high=128.0, fitted=False, source=JOINT),
+             start=50.0, low=5.0, high=128.0, spread=0.5),
     Constant(name="l2_frac", meaning="share of the L2 that a working set can keep", unit="1",
              start=0.5, low=0.1, high=1.0, fitted=False, source=JOINT),
     Constant(name="droop", meaning="loss of clock per e-fold of time above 30 us", unit="1",
              start=0.02, low=0.001, high=0.1, fitted=False, source=JOINT),
 )  # fmt: skip
 
-_SM80: Final = ((16, 32), (16, 64), (32, 32), (32, 64), (64, 64), (64, 128), (128, 64),
-                (128, 128), (128, 256), (256, 128))  # fmt: skip
-_SM90: Final = ((16, 64), (32, 64), (64, 64), (16, 128), (32, 128), (64, 128), (128, 64),
-                (128, 128), (128, 256), (256, 128))  # fmt: skip
-_SM100: Final = ((16, 64), (64, 64), (16, 128), (32, 128), (64, 128), (128, 64), (128, 128),
-                 (128, 256), (256, 128), (256, 256))  # fmt: skip
+_SM80: Final = ((16, 32), (16, 64), (64, 64), (128, 64), (128, 256), (256, 128))
+_SM90: Final = ((16, 64), (32, 64), (64, 32), (64, 64), (64, 256), (128, 256))
+_SM100: Final = ((16, 128), (32, 128), (128, 32), (128, 64), (64, 256), (256, 128), (256, 256))
+_LANES: Final = ((32, 32), (64, 64), (128, 32), (128, 64), (128, 128))
 _MENUS: Final[Mapping[str, tuple[tuple[int, int], ...]]] = {"9": _SM90, "10": _SM100}
 SPLITS: Final = (1, 2, 4, 8, 16)
 
@@ -111,17 +111,30 @@ class Menu:
     tile_n: Array
     splits: Array
     split: NDArray[np.bool_]
+    step_bytes: int
     epilogue_overlaps: bool
     droops: bool
 
 
-@lru_cache(maxsize=16)
-def menu(compute_capability: str | None) -> Menu:
-    """The tiles a library chooses from: sm_80's, but for Hopper and data-centre Blackwell."""
+@lru_cache(maxsize=32)
+def menu(compute_capability: str | None, *, lanes: bool = False) -> Menu:
+    """The tiles a library chooses from: sm_80's, but for Hopper and data-centre Blackwell.
+
+    `lanes`: the kernels that run on fp32 lanes for want of matrix units of that format.
+    """
     major = (compute_capability or "").split(".")[0]
-    tm, tn = np.array(_MENUS.get(major, _SM80), dtype=np.float64).T[:, :, None]
+    tiles = _LANES if lanes else _MENUS.get(major, _SM80)
+    tm, tn = np.array(tiles, dtype=np.float64).T[:, :, None]
     s = np.array(SPLITS, dtype=np.float64)
-    return Menu(tm, tn, s, s > 1, major == "10", major in ("9", "10", "12"))
+    return Menu(
+        tile_m=tm,
+        tile_n=tn,
+        splits=s,
+        split=s > 1,
+        step_bytes=LANE_STEP_BYTES if lanes else STEP_BYTES,
+        epilogue_overlaps=major == "10" and not lanes,
+        droops=major in ("9", "10", "12") and not lanes,
+    )
 
 
 def gemm_seconds(
@@ -169,7 +182,7 @@ def _plain(rates: Rates) -> bool:
 
 def _timed(op: Product, sizes: tuple[Array, ...], r: Rates, c: Constants, l2: str) -> KernelTime:
     """Seconds of shapes in the leading axes; tiles and splits of the menu in the last two."""
-    kernels = menu(r.device.compute_capability)
+    kernels = menu(r.device.compute_capability, lanes=not r.has_tensor_path(_math(op)))
     compute, extra = _compute(op, kernels, sizes, r, c)
     memory = _memory(op, sizes, r, c, l2)
     # the 4-norm of `overlap`, without its guard against overflow: times are below 1e70 s
@@ -207,7 +220,7 @@ def _compute(
     """Seconds of all tiles, and of what stands beside them: adding the parts, the start."""
     batch, m, n, k = sizes[:4]
     costs = _prepared(op, kernels, r, c)
-    steps: Any = np.ceil(k / (STEP_BYTES / op.dtype.bytes_per_element * kernels.splits))
+    steps: Any = np.ceil(k / (kernels.step_bytes / op.dtype.bytes_per_element * kernels.splits))
     if kernels.droops:
         ideal = 2 * batch * m * n * k / r.matmul_flops_per_s(_math(op))
         steps = steps * (1 + c["droop"] * np.log1p(ideal / DROOP_S))
@@ -234,7 +247,7 @@ def _prepared(op: Product, kernels: Menu, r: Rates, c: Constants) -> Prepared:
         _KEPT.clear()
     tm, tn, s = kernels.tile_m, kernels.tile_n, kernels.splits
     e = op.dtype.bytes_per_element
-    step = STEP_BYTES / e
+    step = kernels.step_bytes / e
     rate = r.matmul_flops_per_s(_math(op))
     mma = 2 * tm * tn * step / (rate / r.num_sms * c["mma_frac"] * _power(op, rate, r, c))
     load = (tm * e + tn * _weight(op)) * step / (c["feed_bytes_per_clk"] * r.clock_hz)

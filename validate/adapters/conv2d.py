@@ -7,7 +7,7 @@ from typing import Final
 
 from hwmodels.dtypes import FP16, FP32, DType
 from simulator.kernel_time.model import Conditions
-from validate.adapters.part import PLAIN, Part, host_of, part, uncounted
+from validate.adapters.part import PLAIN, Part, host_of, last_name, part, uncounted
 from validate.measurement import Measurement
 from workloads.ops.conv2d import Conv2d
 
@@ -20,8 +20,6 @@ MIXED: Final[Mapping[str, tuple[DType, DType]]] = {
 def conv2d(row: Measurement) -> tuple[Part, ...]:
     """One convolution, an eager call."""
     p = row.params
-    if row.source.endswith("/fft"):
-        uncounted("a convolution by FFT has no kernel model yet")
     if row.dtype not in MIXED and row.dtype not in PLAIN:
         uncounted(f"{row.op} in {row.dtype} mixes formats and has no count yet")
     stored, arithmetic = MIXED.get(row.dtype) or (PLAIN[row.dtype], PLAIN[row.dtype])
@@ -42,7 +40,8 @@ def conv2d(row: Measurement) -> tuple[Part, ...]:
 def _algorithm(row: Measurement) -> str:
     if row.source.startswith("deepbench/"):
         return "best"
-    return "winograd" if row.source.endswith("/winograd") else "direct"
+    named = last_name(row)
+    return named if named in ("winograd", "fft") else "direct"
 
 
 ADAPTERS: Final[Mapping[str, Callable[[Measurement], tuple[Part, ...]]]] = dict.fromkeys(

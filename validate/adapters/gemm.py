@@ -14,6 +14,13 @@ from workloads.ops.quantised_matmul import QuantisedMatmul
 
 Formats = tuple[DType, DType, DType]
 
+CUBLAS: Final = "cublas"
+UNALIGNED: Final = "cublas-unaligned"
+SEARCHED: Final = "searched"
+"""The best of many shapes and layouts, as its publisher says: what a library can at most do."""
+ALIGNMENT: Final = 16
+"""Bytes of the widest load of a thread (CUDA C++ programming guide, device memory accesses)."""
+
 PRODUCTS: Final[Mapping[str, Formats]] = {
     **{label: (dtype, dtype, dtype) for label, dtype in PLAIN.items()},
     "fp16_mixed": (FP16, FP16, FP16),
@@ -65,16 +72,25 @@ def _product(row: Measurement, op: type[Matmul]) -> tuple[Part, ...]:
     p = row.params
     sizes = {"batch": p.get("batch", 1), "m": p["m"], "n": p["n"], "k": p["k"]}
     fixed = {"dtype": stored, "out_dtype": written, "math_dtype": arithmetic}
-    return (part(op, sizes, _conditions(row), **fixed),)
+    return (part(op, sizes, _conditions(row, stored), **fixed),)
 
 
-def _conditions(row: Measurement) -> Conditions:
+def _conditions(row: Measurement, dtype: DType | None = None) -> Conditions:
     """Which kernel ran, on which L2: aic rotates the weights, eager loops replay one call."""
     if row.source.startswith("aic/"):
         return Conditions(kernel=framework(row), l2=ROTATED)
     if row.source.startswith("vidur/"):
         return Conditions(kernel="vidur", l2=COLD)  # kernels inside a running model
-    return Conditions(host=host_of(row), l2=REPLAYED)
+    kernel = SEARCHED if row.source.startswith("stas00/") else _library(row, dtype)
+    return Conditions(kernel=kernel, host=host_of(row), l2=REPLAYED)
+
+
+def _library(row: Measurement, dtype: DType | None) -> str:
+    """cuBLAS, or its kernels for rows that do not begin on 16 bytes and load by the element."""
+    if dtype is None:
+        return CUBLAS
+    rows_bytes = [row.params[name] * dtype.bytes_per_element for name in ("n", "k")]
+    return CUBLAS if all(size % ALIGNMENT == 0 for size in rows_bytes) else UNALIGNED
 
 
 ADAPTERS: Final[Mapping[str, Callable[[Measurement], tuple[Part, ...]]]] = {

@@ -10,8 +10,10 @@
     d_model or hidden, tokens                 a map over tokens x width
     elements, or rows and cols                a map over that many elements
 
-Families that state exactly the sizes of a known op are handed to its adapter; the rest becomes a
-`CountedOp`, which the general path prices. The bytes are the least such a kernel could move.
+Strides, padding and key heads that are left out are taken for the usual ones, and a name that says
+`bwd` for a backward pass. Families that state exactly the sizes of a known op are handed to its
+adapter; the rest becomes a `CountedOp`, which the general path prices. The bytes are the least such
+a kernel could move.
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ from typing import Any, Final
 
 from hwmodels.dtypes import BF16, FP8, FP16, FP32, INT8, DType
 from simulator.kernel_time.model import REPLAYED, Conditions
-from validate.adapters.part import PLAIN, Part, host_of, part, uncounted
+from validate.adapters.part import PLAIN, Part, Uncounted, host_of, part, uncounted
 from validate.measurement import Measurement
 from workloads.ops.counted import CountedOp
 from workloads.ops.elementwise import Elementwise
+from workloads.ops.flash_attention_backward import FlashAttention2Backward
 
 FLAG: Final = "guessed from the sizes it states"
 
@@ -49,12 +52,13 @@ def stored_dtype(label: str) -> DType:
 
 def parts_of(row: Measurement, known: Mapping[str, Adapter]) -> tuple[Part, ...]:
     """The flagged parts of a row whose op has no adapter; raises `Uncounted` naming its sizes."""
+    row = dataclasses.replace(row, params=_completed(row.params))
     p = row.params
     family = next((op for op, sizes in LOOK_ALIKES if sizes <= p.keys()), _recurrence(row))
     if family is not None and family in known:
-        op = _by_queries(family, row)
-        like = dataclasses.replace(row, op=op, dtype=_like_dtype(row, op))
-        found = known[op](like)
+        found = _as_known(_by_name(_by_queries(family, row), row.op), row, known)
+        if found[-1].op is FlashAttention2Backward and "fwd" not in row.op:
+            found = found[-1:]
     elif "tokens" in p or "seq" in p or "batch" in p:
         found = (_over_tokens(row),)
     elif {"elements"} <= p.keys() or {"rows", "cols"} <= p.keys():
@@ -63,6 +67,44 @@ def parts_of(row: Measurement, known: Mapping[str, Adapter]) -> tuple[Part, ...]
         names = ", ".join(sorted(p)[:8]) or "none"
         uncounted(f"no op for {row.op} yet, and its sizes ({names}) are those of no known op")
     return tuple(dataclasses.replace(one, flag=FLAG) for one in found)
+
+
+def _as_known(op: str, row: Measurement, known: Mapping[str, Adapter]) -> tuple[Part, ...]:
+    """The parts of a known op of those sizes; in its plain format where the row's label is none
+    of the op's.
+    """
+    like = dataclasses.replace(row, op=op, dtype=_like_dtype(row, op))
+    try:
+        return known[op](like)
+    except Uncounted:
+        plain = str(stored_dtype(row.dtype))
+        if plain == like.dtype:
+            raise
+        return known[op](dataclasses.replace(like, dtype=plain))
+
+
+def _completed(params: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The sizes with those filled in that are often left out: strides, padding, key heads."""
+    usual: dict[str, Any] = {}
+    if {"n", "c", "h", "w", "k", "r", "s"} <= params.keys():
+        usual = {"stride_h": 1, "stride_w": 1, "pad_h": 0, "pad_w": 0}
+    elif {"batch", "heads_q", "head_dim"} <= params.keys():
+        usual = {"heads_kv": params["heads_q"]}
+        if "seq_q" in params or "seq_kv" in params:
+            usual |= {"seq_q": params.get("seq_kv"), "seq_kv": params.get("seq_q")}
+    return {**usual, **params}
+
+
+def _by_name(op: str, name: str) -> str:
+    """The backward pass of an op whose name says that it is one."""
+    if "bwd" not in name and "backward" not in name:
+        return op
+    part = "weight" if "weight" in name or "wgrad" in name else "data"
+    return {
+        "attn_prefill": "attn_fwd_bwd",
+        "conv2d_fwd": f"conv2d_bwd_{part}",
+        "rnn_fwd": f"rnn_bwd_{part}",
+    }.get(op, op)
 
 
 LOOK_ALIKES: Final = (

@@ -1,17 +1,19 @@
-"""Two-dimensional convolutions: direct counts, and those of Winograd's minimal filtering.
+"""Two-dimensional convolutions: direct counts, and those of faster algorithms.
 
 With batch N, channels C to K, output P x Q and filters R x S, every direction multiplies
 
     direct     2 N K P Q C R S flops
-    winograd   the same / 4 for 3 x 3 filters of stride 1: F(4 x 4, 3 x 3) takes 36 products where
-               direct filtering takes 144 (Lavin and Gray 2016, arXiv 1509.09308, section 4.1)
-    best       of stride 1, the fewest of Winograd's F(4 x 4, R x S), (3 + R) (3 + S) products for
-               16 R S, and of FFTs in tiles of 32 x 32, 4 * 32 * 17 for (33 - R) (33 - S) R S
+    winograd   of stride 1, the same (3 + R) (3 + S) / (16 R S) times, that is F(4 x 4, R x S)
+               (Lavin and Gray 2016, arXiv 1509.09308, section 4.1): a quarter for 3 x 3 filters
+    fft        of stride 1, the same 4 * 32 * 17 / ((33 - R) (33 - S) R S) times: tiles of 32 x 32
+               have 32 * 17 complex values, four real products each, and (33 - R) (33 - S) outputs
                (Vasilache et al. 2015, arXiv 1412.7580)
+    best       the fewest of these
 
 Directions: 'fwd' y = x * w, 'bwd_data' dx from dy and w, 'bwd_weight' dw from x and dy. Bytes are
 x, w and y (or their gradients) once. The algorithm 'best' is what a library picks by trying: it
-counts as the cheaper one. Transforms are additions; 4 an element of each tensor are counted.
+counts as the cheapest. Libraries run Winograd's algorithm on 3 x 3 and 5 x 5 filters. Transforms
+are additions; 4 an element of each tensor are counted.
 """
 
 from __future__ import annotations
@@ -27,11 +29,13 @@ from workloads.op import Op
 from workloads.work import Work
 
 DIRECTIONS: Final = ("fwd", "bwd_data", "bwd_weight")
-ALGORITHMS: Final = ("direct", "winograd", "best")
+ALGORITHMS: Final = ("direct", "winograd", "fft", "best")
 TILE: Final = 4
 """Outputs of one Winograd tile along each axis."""
-SAVING: Final = 4.0
-"""Products of direct filtering over those of F(4 x 4, 3 x 3): 144 / 36."""
+FFT_TILE: Final = 32
+"""Side of one tile that is transformed."""
+FFT_PRODUCTS: Final = FFT_TILE * (FFT_TILE // 2 + 1)
+"""Complex values of the transform of one real tile."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,23 +82,39 @@ class Conv2d(Op):
         return 2 * outputs * self.in_channels * self.kernel_h * self.kernel_w
 
     def takes_winograd(self) -> Condition:
-        """Is it a 3 x 3 filter of stride 1, and allowed to use it?"""
-        fits = (self.kernel_h == 3) & (self.kernel_w == 3) & (self.stride == 1)
-        return fits & (self.algorithm != "direct")
+        """Is it a 3 x 3 or 5 x 5 filter of stride 1, and allowed to use it?"""
+        if self.algorithm not in ("winograd", "best"):
+            return False
+        square = (self.kernel_h == self.kernel_w) & (self.stride == 1)
+        return square & ((self.kernel_h == 3) | (self.kernel_h == 5))
+
+    def takes_fft(self) -> Condition:
+        """Does the filter fit into a tile, at stride 1, and is it allowed to use transforms?"""
+        if self.algorithm not in ("fft", "best"):
+            return False
+        fits = (self.kernel_h <= FFT_TILE) & (self.kernel_w <= FFT_TILE)
+        return fits & (self.stride == 1)
+
+    def saving(self) -> Num:
+        """Products of direct filtering over those of the algorithm, of 'best' over the fewest."""
+        r, s = self.kernel_h, self.kernel_w
+        filtering = TILE**2 * r * s / ((r + TILE - 1) * (s + TILE - 1))
+        step_h, step_w = self._fft_steps()
+        transforms = step_h * step_w * r * s / (4 * FFT_PRODUCTS)
+        if self.algorithm == "best":
+            return where(self.stride == 1, maximum(maximum(filtering, transforms), 1), 1.0)
+        if self.algorithm == "fft":
+            return where(self.takes_fft(), transforms, 1.0)
+        return where(self.takes_winograd(), filtering, 1.0)
+
+    def _fft_steps(self) -> tuple[Num, Num]:
+        """New outputs of one transformed tile along each axis."""
+        new = FFT_TILE + 1
+        return maximum(new - self.kernel_h, 1), maximum(new - self.kernel_w, 1)
 
     def min_flops(self) -> Mapping[DType, Num]:
-        """Direct flops, or those of the thriftiest algorithm that the op allows."""
-        direct = self.direct_flops()
-        if self.algorithm == "best":
-            return {self.computed_dtype: direct / self._most_saved()}
-        return {self.computed_dtype: where(self.takes_winograd(), direct / SAVING, direct)}
-
-    def _most_saved(self) -> Num:
-        """Direct products over those of the most thrifty algorithm a library may have."""
-        r, s = self.kernel_h, self.kernel_w
-        winograd = 16 * r * s / ((3 + r) * (3 + s))
-        transforms = maximum(33 - r, 1) * maximum(33 - s, 1) * r * s / (4 * 32 * 17)
-        return where(self.stride == 1, maximum(maximum(winograd, transforms), 1), 1.0)
+        """Direct flops over the saving."""
+        return {self.computed_dtype: self.direct_flops() / self.saving()}
 
     def input_bytes(self) -> Num:
         """x, or its gradient."""
@@ -112,15 +132,27 @@ class Conv2d(Op):
         return taps * self.dtype.bytes_per_element
 
     def as_product(self) -> tuple[Num, Num, Num]:
-        """m, n and k of the matrix product that computes the same directly."""
-        pixels = self.batch * self.out_height * self.out_width
+        """m, n and k of the matrix product that computes the same directly.
+
+        Data gradients of a stride multiply by zeros between the pixels.
+        """
+        pixels = self.output_pixels()
         taps = self.kernel_h * self.kernel_w
         if self.direction == "fwd":
             return pixels, self.out_channels, self.in_channels * taps
         if self.direction == "bwd_weight":
             return self.out_channels, self.in_channels * taps, pixels
-        sites = self.batch * self.height * self.width
-        return sites, self.in_channels, ceil_div(self.out_channels * taps * pixels, sites)
+        sites = maximum(self.batch * self.height * self.width, pixels)
+        return sites, self.in_channels, self.out_channels * taps
+
+    def output_pixels(self) -> Num:
+        """N P Q."""
+        return self.batch * self.out_height * self.out_width
+
+    def fft_tiles(self) -> Num:
+        """Tiles of 32 x 32 that all images are cut in, which overlap by a filter."""
+        step_h, step_w = self._fft_steps()
+        return self.batch * ceil_div(self.out_height, step_h) * ceil_div(self.out_width, step_w)
 
     def winograd_tiles(self) -> Num:
         """Output tiles of 4 x 4 in all images."""
@@ -139,11 +171,14 @@ class Conv2d(Op):
         elements = self.compulsory_bytes() / self.dtype.bytes_per_element
         return Work(
             tensor_flops=dict(self.min_flops()),
-            vector_flops=where(self.takes_winograd(), 4.0 * elements, 0.0 * elements),
+            vector_flops=where(self._transforms(), 4.0 * elements, 0.0 * elements),
             read_bytes=self.compulsory_bytes() - written,
             write_bytes=written,
             launches=1,
         )
+
+    def _transforms(self) -> Condition:
+        return self.takes_winograd() if self.algorithm != "fft" else self.takes_fft()
 
     def tiling(self, fast_bytes: Num) -> Mapping[str, Num]:
         """No tile is chosen: the counts do not depend on one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import math
 
@@ -10,8 +11,22 @@ import pytest
 from hwmodels import catalog
 from hwmodels.calibration import LEVELS, Calibration, FittedConstant, ModelCalibration, Residuals
 from simulator.kernel_time.basis import ARCHITECTURE, MEAN, NOMINAL, OWN, basis, kin, remembered
-from simulator.kernel_time.gemm import MODEL
+from simulator.kernel_time.constants import Constant
+from simulator.kernel_time.general import MODEL as GENERAL
+from workloads.ops.matmul import Matmul
 
+MODEL = dataclasses.replace(
+    GENERAL,
+    name="gemm",
+    ops=(Matmul,),
+    constants=(
+        Constant(name="launch_s", meaning="a floor", unit="s", start=3e-6, low=1e-7, high=1e-4,
+                 by=("kernel",)),
+        Constant(name="mma_frac", meaning="a share", unit="1", start=0.7, low=0.1, high=1.0,
+                 by=("dtype",)),
+    ),
+)  # fmt: skip
+"""A model with a constant a kernel and one a format; what it times does not matter here."""
 TODAY = datetime.date(2026, 11, 21)
 
 

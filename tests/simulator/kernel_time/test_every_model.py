@@ -135,7 +135,8 @@ def asked_for() -> dict[str, set[str]]:
         for dtype in (BF16, FP16, FP32):
             op = small(name, dtype)
             if isinstance(op, Conv2d):
-                op = op.over(algorithm="best")
+                op = op.over(algorithm="best", direction="bwd_data")
+                op = op.over(in_channels=3) if dtype == BF16 else op
             if type(op) is CollectiveTransfer:
                 op = op.over(kind="send_recv") if dtype == BF16 else op
             model = model_of(type(op))

@@ -65,7 +65,7 @@ def brute_force(op: Matmul, device: str) -> float:
     peak = float(r.matmul_flops_per_s(op.dtype))
     best = np.inf
     for tm, tn in zip(kernels.tile_m[:, 0], kernels.tile_n[:, 0], strict=True):
-        if tm <= 32 and op.m > tm:
+        if tm <= gemm.SKINNY and op.m > tm:
             continue
         for s in kernels.splits:
             e = op.dtype.bytes_per_element

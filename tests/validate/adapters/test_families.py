@@ -39,7 +39,7 @@ def only(*args: object, **kwargs: object):  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize(
     ("source", "algorithm", "host"),
     [("neusight/conv", "direct", "neusight"), ("neusight/conv/winograd", "winograd", "neusight"),
-     ("deepbench/train", "best", "deepbench")],
+     ("neusight/conv/fft", "fft", "neusight"), ("deepbench/train", "best", "deepbench")],
 )  # fmt: skip
 def test_convolutions(source: str, algorithm: str, host: str) -> None:
     part, op = only("conv2d_bwd_data", CONV, source, "fp16_fp32math")
@@ -111,7 +111,6 @@ def test_latent_attention_over_prompts() -> None:
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
-        (row("conv2d_fwd", CONV, "neusight/conv/fft", "fp32"), "FFT"),
         (row("conv2d_fwd", CONV | {"r": 40}, "neusight/conv", "fp32"), "larger than"),
         (row("conv2d_fwd", CONV, dtype="fp8_block"), "mixes formats"),
         (row("rnn_fwd", LAYER | {"cell": "qrnn"}, dtype="fp32"), "qrnn"),

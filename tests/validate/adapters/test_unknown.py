@@ -77,6 +77,34 @@ def test_recurrences_are_taken_for_their_nearest_kin(
     assert (guessed.op, guessed.sizes, guessed.flag) == (known.op, known.sizes, FLAG)
 
 
+@pytest.mark.parametrize(
+    ("op", "params", "field", "value"),
+    [
+        ("newer_conv", {k: v for k, v in CONV.items() if k[:2] not in ("st", "pa")}, "stride", 1),
+        ("newer_conv_wgrad_bwd", CONV, "direction", "bwd_weight"),
+        ("newer_conv_backward", CONV, "direction", "bwd_data"),
+        ("newer_attn", {k: v for k, v in ATTENTION.items() if k != "heads_kv"}, "kv_heads", 8),
+        ("newer_attn", {k: v for k, v in ATTENTION.items() if k != "seq_kv"}, "len_kv", 64),
+    ],
+)
+def test_usual_sizes_and_directions_are_filled_in(
+    op: str, params: dict[str, object], field: str, value: object
+) -> None:
+    (part,) = parts(row(params, op))
+    assert getattr(part.op(**dict(part.fixed), **part.sizes), field) == value
+
+
+def test_an_attention_backward_is_one() -> None:
+    (part,) = parts(row(ATTENTION | {"causal": 1}, "newer_attn_bwd"))
+    assert part.op.name.endswith("backward") and part.flag == FLAG
+
+
+def test_a_label_no_op_of_the_kind_uses_falls_back_on_what_is_stored() -> None:
+    for params in (MOE, ATTENTION, {"m": 8, "n": 64, "k": 32}):
+        (part, *_) = parts(row(params, dtype="unknown"))
+        assert part.flag == FLAG
+
+
 def test_a_known_op_carries_no_flag() -> None:
     (part,) = parts(row({"m": 8, "n": 64, "k": 32}, "gemm"))
     assert part.flag == ""
