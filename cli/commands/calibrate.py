@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -172,22 +172,29 @@ def _show(fitted: Sequence[Calibration]) -> None:
     out = show.console()
     right = ("rows", "within, 80 %", "within, 90 %", "elsewhere, 80 %")
     for c in fitted:
-        made = show.table("model", *right, "at a bound", "unidentified", title=c.device_id,
-                          right=right)  # fmt: skip
+        made = show.table("model", *right, title=c.device_id, right=right)
         for name, m in c.models.items():
             pooled = m.residuals["all"]
             elsewhere = "-" if m.transfer is None else _percent(m.transfer.q80)
-            flagged = [
-                ", ".join(n for n, k in m.constants.items() if k.status == status) or "-"
-                for status in ("at bound", "unidentified")
-            ]
-            widths = (_percent(pooled.q80), _percent(pooled.q90), elsewhere)
-            made.add_row(name, str(m.num_rows), *widths, *flagged)
+            made.add_row(
+                name, str(m.num_rows), _percent(pooled.q80), _percent(pooled.q90), elsewhere
+            )
         out.print(made)
+        out.print(show.pairs(list(_flagged(c))))
+        out.print()
     out.print(
         "within: 80 or 90 % of rows a fit had not seen lie that close (cross-validation by shape); "
         "elsewhere: predicted from other architectures alone."
     )
+
+
+def _flagged(calibration: Calibration) -> Iterator[tuple[str, str]]:
+    """By model, the constants that the rows left open or pushed to a bound."""
+    for name, model in calibration.models.items():
+        for status in ("at bound", "unidentified"):
+            found = [key for key, c in model.constants.items() if c.status == status]
+            if found:
+                yield name, f"{status}: {', '.join(found)}"
 
 
 def _percent(log_width: float) -> str:
