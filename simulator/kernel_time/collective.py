@@ -58,9 +58,10 @@ from workloads.ops.expert_exchange import ExpertExchange
 
 SOCKET_RANKS: Final = 4
 """Cards on one CPU socket of a server with eight."""
-SOCKET_FRAC: Final = 0.44
-"""Share of PCI Express bandwidth that is left between two sockets: the geometric mean of what
-NCCL's tables (src/graph/topo.h) give three generations, 6 of 15.75, 22 of 63 and 40 of 63 GB/s."""
+SOCKET_FRAC: Final = 0.48
+"""Share of PCI Express bandwidth that is left between two sockets: the geometric mean of all Intel
+links that NCCL's tables (src/graph/topo.h) list, 6 and 10 GB/s beside a bus of 15.75, 22 and 40
+beside one of 63."""
 PCIE_STEP: Final = 1.67
 """Steps over PCI Express against NVLink: NCCL's tables (src/graph/tuning.cc), 1.0 to 0.6 us (LL)
 and 5.7 to 3.4 us (Simple)."""
