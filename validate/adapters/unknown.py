@@ -1,13 +1,13 @@
 """Ops nobody told us of, recognised by the sizes they state: flagged, priced, never dropped.
 
     sizes stated                              taken for
-    m, n, k                                   a matrix product
+    m (or tokens), n, k                       a matrix product
     heads_q, heads_kv, head_dim, seq_*        attention (one query position: decoding)
     tokens, hidden, inter, topk, experts      routed experts
     n, c, h, w, k, r, s, ...                  a convolution
     heads (or heads_k/heads_v), widths, tokens a linear recurrence: q, k, v and o once, its state
                                               once a sequence, 4 dk dv flops a token and head
-    d_model or hidden, tokens                 a map over tokens x width
+    d_model, hidden or the like, tokens       a map over tokens x width
     elements, or rows and cols                a map over that many elements
 
 Strides, padding and key heads that are left out are taken for the usual ones, and a name that says
@@ -88,6 +88,8 @@ def _completed(params: Mapping[str, Any]) -> Mapping[str, Any]:
     usual: dict[str, Any] = {}
     if {"n", "c", "h", "w", "k", "r", "s"} <= params.keys():
         usual = {"stride_h": 1, "stride_w": 1, "pad_h": 0, "pad_w": 0}
+    elif {"tokens", "n", "k"} <= params.keys():
+        usual = {"m": params["tokens"]}
     elif {"batch", "heads_q", "head_dim"} <= params.keys():
         usual = {"heads_kv": params["heads_q"]}
         if "seq_q" in params or "seq_kv" in params:
@@ -206,7 +208,7 @@ def _widths(p: Mapping[str, Any]) -> tuple[int, int, int]:
     if {"heads_q", "head_dim"} <= p.keys():
         heads = p["heads_q"] + 2 * p.get("heads_kv", p["heads_q"])
         return (heads + p["heads_q"]) * p["head_dim"], 0, 0
-    for name in ("d_model", "hidden", "cols", "dim", "channels"):
+    for name in ("d_model", "hidden", "cols", "dim", "channels", "hidden_size", "width", "inter"):
         if name in p:
             return 2 * p[name], 0, 0
     return 0, 0, 0

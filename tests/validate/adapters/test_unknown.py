@@ -32,6 +32,7 @@ def row(params: dict[str, object], op: str = "brand_new", dtype: str = "bf16") -
     [
         ({"m": 8, "n": 64, "k": 32}, "matmul"),
         ({"m": 8, "n": 64, "k": 32, "batch": 4}, "batched_matmul"),
+        ({"tokens": 8, "n": 64, "k": 32}, "matmul"),
         (ATTENTION, "prefill_attention"),
         (ATTENTION | {"seq_q": 1}, "decode_attention"),
         (CONV, "conv2d"),
@@ -40,6 +41,7 @@ def row(params: dict[str, object], op: str = "brand_new", dtype: str = "bf16") -
         (DELTA, "counted"),
         ({"batch": 2, "seq": 128, "heads": 8, "head_dim": 64, "d_state": 128}, "counted"),
         ({"tokens": 64, "hidden": 4096}, "counted"),
+        ({"tokens": 64, "hidden_size": 4096}, "counted"),
         ({"rows": 64, "cols": 4096, "inputs": 3}, "elementwise"),
         ({"elements": 4096}, "elementwise"),
     ],
