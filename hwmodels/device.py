@@ -121,6 +121,17 @@ class Device:
         per_clk = self.sm.special_ops_per_clk
         return None if per_clk is None else per_clk * self.num_sms * self.clock_hz
 
+    @property
+    def host_bytes_per_s(self) -> float | None:
+        """Bandwidth to the host's memory, per direction: chip-to-chip where there is one, else PCIe.
+
+        >>> from hwmodels import catalog
+        >>> catalog.device("t4").host_bytes_per_s == catalog.device("v100-sxm2-16gb").host_bytes_per_s
+        True
+        """
+        rates = {link.name: link.bytes_per_s for link in self.links}
+        return rates.get("c2c", rates.get("pcie"))
+
     def tensor_rate_flops_per_s(self, dtype: DType) -> float | None:
         """Dense tensor-core rate for `dtype` inputs, widest accumulator first; None if absent."""
         for name in (dtype.name, _PAYLOAD.get(dtype.name)):

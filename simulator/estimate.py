@@ -35,7 +35,7 @@ from hwmodels.errors import UnknownNameError, UnsupportedError
 from simulator.kernel_time.basis import remembered
 from simulator.kernel_time.model import USUAL, Conditions
 from simulator.kernel_time.predict import Prediction, predict
-from workloads.numeric import Num, maximum
+from workloads.numeric import Num, any_true, maximum
 from workloads.op import Op
 from workloads.work import Work
 
@@ -229,6 +229,10 @@ def compute_seconds(
         unrated.append("vector")
     else:
         seconds["vector"] = seconds.get("vector", 0.0) + work.vector_flops / vector_rate
+    if any_true(np.greater(work.host_bytes, 0)):
+        if on.host_bytes_per_s is None:
+            raise UnsupportedError(f"{on.id} states no link to the host's memory")
+        seconds["host"] = work.host_bytes / on.host_bytes_per_s
     special_rate = on.special_ops_per_s
     if special_rate is None:
         unrated.append("special")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -19,8 +19,10 @@ from hwmodels.calibration import Calibration
 from hwmodels.device import Device
 from simulator.kernel_time.basis import basis
 from simulator.kernel_time.model import USUAL, Conditions
+from simulator.kernel_time.predict import combined, of_stage
 from simulator.kernel_time.rates import PATHS, Rates, rates_of
 from simulator.kernel_time.registry import model_of
+from simulator.kernel_time.terms import larger
 from workloads.numeric import Num
 from workloads.op import Op
 
@@ -54,18 +56,32 @@ def sensitivities(
     >>> next(s for s in found if s.path == "memory.hbm.bytes_per_s").elasticity < -0.5
     True
     """
-    model = model_of(type(op))
-    labels = model.labels(op, conditions)
-    constants = basis(on, model, calibrations).narrowed(labels).constants(labels)
     rates = rates_of(on)
-    seconds = np.asarray(model.time(op, rates, constants, conditions).seconds)
+    seconds = np.asarray(seconds_at(op, rates, conditions, calibrations))
     moved = _moved(rates, seconds.ndim)
-    slopes = np.imag(np.asarray(model.time(op, moved, constants, conditions).seconds)) / STEP
+    slopes = np.imag(np.asarray(seconds_at(op, moved, conditions, calibrations))) / STEP
     slopes = np.broadcast_to(slopes, (len(PATHS), *seconds.shape)) / seconds
     return tuple(
         Sensitivity(path=path, elasticity=slope if slope.ndim else float(slope))
         for path, slope in zip(PATHS.values(), slopes, strict=True)
     )
+
+
+def seconds_at(
+    op: Op, rates: Rates, conditions: Conditions, calibrations: Sequence[Calibration] | None
+) -> Any:
+    """Seconds at those rates, of an op or of its stages together."""
+    stages = op.stages()
+    if stages:
+        parts = [
+            (s.beside, s.times * seconds_at(s.op, rates, of_stage(s, conditions), calibrations))
+            for s in stages
+        ]
+        return combined(parts, longer=larger)
+    model = model_of(type(op))
+    labels = model.labels(op, conditions)
+    constants = basis(rates.device, model, calibrations).narrowed(labels).constants(labels)
+    return model.time(op, rates, constants, conditions).seconds
 
 
 def _moved(rates: Rates, num_axes: int) -> Rates:

@@ -17,7 +17,7 @@ import numpy as np
 
 from hwmodels.calibration import LEVELS, Residuals
 from simulator.kernel_time.basis import NOMINAL_Q80
-from simulator.kernel_time.predict import Prediction
+from simulator.kernel_time.predict import Prediction, combined
 from workloads.numeric import Array, Num
 
 NUM_SAMPLES: Final = 4000
@@ -72,6 +72,19 @@ def samples(
     >>> samples(fast, key="fast").faster_frac(samples(slow, key="slow")) > 0.99
     True
     """
+    if prediction.parts:
+        drawn = [
+            (
+                part.beside,
+                samples(
+                    part.prediction, key=f"{key}|{part.name}", seed=seed, num_samples=num_samples
+                )
+                .times(part.times)
+                .seconds,
+            )
+            for part in prediction.parts
+        ]
+        return Samples(combined(drawn))
     digest = hashlib.sha256(f"{seed}|{key}".encode()).digest()
     rng = np.random.default_rng(int.from_bytes(digest[:8], "little"))
     levels = rng.random(num_samples)

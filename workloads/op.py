@@ -6,7 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Final, Self
+from typing import ClassVar, Final, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,21 @@ from workloads.numeric import Condition, Num, any_true, as_num, is_scalar
 from workloads.work import Work
 
 Arrays = Mapping[str, NDArray[np.float64]]
+
+
+class Stage(NamedTuple):
+    """One kernel of an op that runs several: the kernel as an op, and how often it runs.
+
+    `beside` marks what runs at the same time as the rest (a prefetch over the host link): such
+    stages together hide behind all others together. `kernel` names the implementation, as the
+    kernel models know it ('fa1'); empty for the usual one.
+    """
+
+    name: str
+    op: Op
+    times: Num = 1
+    beside: bool = False
+    kernel: str = ""
 
 
 LIMIT: Final = 2**52
@@ -63,6 +78,8 @@ class Op(ABC):
     """
 
     name: ClassVar[str]
+    cheaper: ClassVar[tuple[str, ...]] = ()
+    """Sizes whose growth makes the op cheaper: a block that shares one list of keys."""
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -94,6 +111,13 @@ class Op(ABC):
         An op that states them is not timed as if it filled the device when it cannot.
         """
         return None
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The kernels the op runs one after another, each timed as the op it is.
+
+        Empty: the op is timed by the kernel model of its class.
+        """
+        return ()
 
     @abstractmethod
     def compulsory_bytes(self) -> Num:

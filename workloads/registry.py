@@ -44,13 +44,18 @@ class Param:
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """A published system: facts, and the op that models it (empty where none does yet)."""
+    """A published system: facts, and the op that models it (empty where none does yet).
+
+    `preset` are values of the op's fields that make it this system: defaults, for the asker to
+    change, with the paper's value where that is data-dependent.
+    """
 
     id: str
     title: str
     family: str
     paper: str
     op: str
+    preset: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
 
 _OPS: Final[Mapping[str, Entry]] = {
@@ -98,6 +103,12 @@ _OPS: Final[Mapping[str, Entry]] = {
     "elementwise": Entry("elementwise", "Elementwise", "pointwise map over arrays"),
     "rope": Entry("rope", "Rope", "rotary position embedding"),
     "adam_step": Entry("adam", "AdamStep", "fused Adam update of all parameters"),
+    "selected_attention": Entry(
+        "selected_attention", "SelectedAttention", "attention over lists of selected keys"
+    ),
+    "top_k": Entry("top_k", "TopK", "indices of the k largest of each row"),
+    "block_pool": Entry("block_pool", "BlockPool", "means over blocks of rows"),
+    "host_copy": Entry("host_copy", "HostCopy", "copy between host and device memory"),
     "moe_ffn": Entry("moe_ffn", "MoeFfn", "routed experts of one rank, forward"),
     "embedding": Entry("embedding", "Embedding", "table lookup, forward"),
     "row_map": Entry("row_map", "RowMap", "pointwise map, a thread block a row"),
@@ -146,6 +157,8 @@ def names() -> tuple[str, ...]:
 def resolve(name: str) -> str:
     """The registered spelling of an op's name; case, hyphens and underscores are the same.
 
+    A system with values of its own for some fields of an op is a name in its own right.
+
     >>> resolve("Flash-Attention-2")
     'flash_attention_2'
     """
@@ -160,12 +173,12 @@ def resolve(name: str) -> str:
         raise InputError(
             f"{system.id} is listed but not modelled yet; see `ridgeplan systems` for what is"
         )
-    return system.op
+    return system.id if system.preset else system.op
 
 
 def summary(name: str) -> str:
     """What the op is, in a line."""
-    return _OPS[resolve(name)].summary
+    return _entry(name)[0].summary
 
 
 def op_class(name: str) -> type[Op]:
@@ -174,7 +187,7 @@ def op_class(name: str) -> type[Op]:
     >>> op_class("MATMUL").__name__
     'Matmul'
     """
-    entry = _OPS[resolve(name)]
+    entry, _ = _entry(name)
     found: type[Op] = getattr(import_module(f"workloads.ops.{entry.module}"), entry.class_name)
     return found
 
@@ -194,10 +207,15 @@ def params(name: str) -> Mapping[str, Param]:
     ['m', 'n', 'k']
     """
     found = {}
+    _, preset = _entry(name)
     for f in dataclasses.fields(op_class(name)):
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        default = None if required else f.default
         found[f.name] = Param(
-            f.name, _kind(f.name, str(f.type)), required, None if required else f.default
+            f.name,
+            _kind(f.name, str(f.type)),
+            required and f.name not in preset,
+            preset.get(f.name, default),
         )
     return found
 
@@ -233,7 +251,16 @@ def build(name: str, values: Mapping[str, object]) -> Op:
         short = [_short(name, field) for field in missing]
         shown = " ".join(f"-p {word}=..." for word in dict.fromkeys(short))
         raise InputError(f"{resolve(name)} needs {', '.join(missing)}; give {shown}")
-    return op_class(name)(**values)
+    return op_class(name)(**(_entry(name)[1] | dict(values)))
+
+
+def _entry(name: str) -> tuple[Entry, dict[str, object]]:
+    """Where the op of a name lives, and the values the name sets."""
+    found = resolve(name)
+    if found in _OPS:
+        return _OPS[found], {}
+    system = next(s for s in systems() if s.id == found)
+    return _OPS[system.op], dict(system.preset)
 
 
 @lru_cache(maxsize=1)

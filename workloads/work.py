@@ -19,6 +19,7 @@ class Work:
     `special_ops`: exp, reciprocal, rsqrt, log, tanh, sin: one each.
     `read_bytes`, `write_bytes`: slow memory to fast memory and back. Bytes at several levels of
     a hierarchy are several Works, one per boundary, each with that boundary's fast memory.
+    `host_bytes`: over the link to the host's memory, in either direction.
     `launches`: kernels started; fast memory is empty between two of them.
     Every field is a number or an array; they broadcast.
     """
@@ -28,6 +29,7 @@ class Work:
     special_ops: Num = 0
     read_bytes: Num = 0
     write_bytes: Num = 0
+    host_bytes: Num = 0
     launches: Num = 1
 
     @property
@@ -50,6 +52,7 @@ class Work:
             special_ops=self.special_ops + other.special_ops,
             read_bytes=self.read_bytes + other.read_bytes,
             write_bytes=self.write_bytes + other.write_bytes,
+            host_bytes=self.host_bytes + other.host_bytes,
             launches=self.launches + other.launches,
         )
 
@@ -65,5 +68,6 @@ class Work:
             special_ops=self.special_ops * count,
             read_bytes=self.read_bytes * count,
             write_bytes=self.write_bytes * count,
+            host_bytes=self.host_bytes * count,
             launches=self.launches * count,
         )

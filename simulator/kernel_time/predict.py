@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 
 from hwmodels.calibration import Calibration, Residuals
 from hwmodels.device import Device
 from simulator.kernel_time.basis import NOMINAL_Q80, NOMINAL_Q90, Basis, basis, remembered
-from simulator.kernel_time.model import USUAL, Conditions, KernelModel
+from simulator.kernel_time.model import USUAL, Conditions, KernelModel, KernelTime
 from simulator.kernel_time.rates import rates_of
 from simulator.kernel_time.registry import model_of
-from workloads.numeric import Num
-from workloads.op import Op
+from workloads.numeric import Num, maximum
+from workloads.op import Op, Stage
 
 MODEL: Final = "model"
 CALIBRATED: Final = "calibrated"
 
 _rates = remembered(rates_of)
+
+
+class Part(NamedTuple):
+    """The prediction of one stage of an op, how often it runs, and whether beside the others."""
+
+    name: str
+    prediction: Prediction
+    times: Num
+    beside: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +40,8 @@ class Prediction:
     `rung` is 'calibrated' where constants were fitted (here or on the device's donors), 'model'
     where they are nominal. `half_80`, `half_90` are half widths of the interval in log time;
     `terms` the parts of the time, `regime` the name of the largest; `kernel` the label of what
-    ran, `known` whether some donor had rows of it and of its format.
+    ran, `known` whether some donor had rows of it and of its format. `parts` are the predictions
+    of an op's stages, of which it is made.
     """
 
     seconds: Num
@@ -45,6 +55,7 @@ class Prediction:
     kernel: str
     known: bool
     notes: tuple[str, ...] = ()
+    parts: tuple[Part, ...] = ()
 
     def interval(self, level: int = 80) -> tuple[Num, Num]:
         """Low and high seconds that hold `level` (80 or 90) per cent of measurements."""
@@ -64,6 +75,9 @@ def predict(
 
     Raises `UnsupportedError` where the device has no rate the op needs.
     """
+    stages = op.stages()
+    if stages:
+        return _staged(stages, on, conditions, calibrations)
     model = model_of(type(op))
     labels = model.labels(op, conditions)
     if calibrations is None:
@@ -86,6 +100,77 @@ def predict(
         known=known,
         notes=notes,
     )
+
+
+def _staged(
+    stages: Sequence[Stage],
+    on: Device,
+    conditions: Conditions,
+    calibrations: Sequence[Calibration] | None,
+) -> Prediction:
+    """Stages one after another, those beside them hidden behind: seconds, and the widest doubt.
+
+    Errors of the stages are taken to go together, which makes the interval no narrower than it is.
+    """
+    parts = tuple(
+        Part(
+            stage.name,
+            predict(
+                stage.op,
+                on=on,
+                conditions=of_stage(stage, conditions),
+                calibrations=calibrations,
+            ),
+            stage.times,
+            stage.beside,
+        )
+        for stage in stages
+    )
+    terms = {part.name: part.prediction.seconds * part.times for part in parts}
+    seconds = combined([(part.beside, terms[part.name]) for part in parts])
+    high, wide = (
+        combined([(p.beside, p.prediction.interval(level)[1] * p.times) for p in parts])
+        for level in (80, 90)
+    )
+    main = max(parts, key=lambda part: float(np.mean(terms[part.name]))).prediction
+    rungs = {part.prediction.rung for part in parts}
+    bases = dict.fromkeys(note for part in parts for note in part.prediction.notes)
+    return Prediction(
+        seconds=seconds,
+        half_80=_log(high / seconds),
+        half_90=_log(wide / seconds),
+        terms=terms,
+        regime=KernelTime(seconds, terms).regime(),
+        rung=CALIBRATED if rungs == {CALIBRATED} else MODEL,
+        model="+".join(dict.fromkeys(part.prediction.model for part in parts)),
+        basis=main.basis,
+        kernel=conditions.kernel,
+        known=all(part.prediction.known for part in parts),
+        notes=(*main.notes, *(note for note in bases if note not in main.notes)),
+        parts=parts,
+    )
+
+
+def of_stage(stage: Stage, conditions: Conditions) -> Conditions:
+    """The run of an op as one of its stages sees it."""
+    return replace(conditions, kernel=stage.kernel or conditions.kernel)
+
+
+def combined(parts: Sequence[tuple[bool, Any]], longer: Callable[[Any, Any], Any] = maximum) -> Any:
+    """Sum of the parts that run in turn, or of those beside them where that is longer.
+
+    >>> combined([(False, 2.0), (False, 1.0), (True, 4.0)])
+    4.0
+    """
+    turns = [seconds for beside, seconds in parts if not beside]
+    besides = [seconds for beside, seconds in parts if beside]
+    if not (turns and besides):
+        return sum(turns or besides)
+    return longer(sum(turns), sum(besides))
+
+
+def _log(ratio: Num) -> Num:
+    return np.log(ratio) if isinstance(ratio, np.ndarray) else math.log(ratio)
 
 
 Resolved: TypeAlias = tuple[Basis, Mapping[str, float], bool, tuple[str, ...]]

@@ -32,7 +32,8 @@ class Rates:
     """Rates and sizes of one device, SI units; `device` carries what is not a number.
 
     `matmul_scale` and `vector_scale` multiply every matrix and vector rate; `smem_bytes` is one
-    SM's shared memory; `link_bytes_per_s` the fastest link's, per direction (0: none).
+    SM's shared memory; `link_bytes_per_s` the fastest link's, per direction (0: none),
+    `host_bytes_per_s` that of the link to the host's memory (0: none).
     """
 
     device: Device
@@ -43,6 +44,7 @@ class Rates:
     smem_bytes: Num
     special_ops_per_clk: Num
     link_bytes_per_s: Num
+    host_bytes_per_s: Num = 0.0
     matmul_scale: Num = 1.0
     vector_scale: Num = 1.0
 
@@ -90,6 +92,7 @@ PATHS: Final = {
     "smem_bytes": "memory.smem.capacity_bytes",
     "special_ops_per_clk": "sm.special_ops_per_clk",
     "link_bytes_per_s": "links.bytes_per_s",
+    "host_bytes_per_s": "links.host.bytes_per_s",
     "matmul_scale": "tensor_flops_per_s",
     "vector_scale": "vector_flops_per_s",
 }
@@ -121,4 +124,5 @@ def rates_of(device: Device) -> Rates:
         smem_bytes=private[-1].capacity_bytes if private else device.memory[0].capacity_bytes,
         special_ops_per_clk=device.sm.special_ops_per_clk or SPECIAL_OPS_PER_CLK,
         link_bytes_per_s=max((link.bytes_per_s for link in device.links), default=0.0),
+        host_bytes_per_s=device.host_bytes_per_s or 0.0,
     )

@@ -14,6 +14,7 @@ from simulator.kernel_time import (
     conv2d,
     gemm,
     general,
+    host_copy,
     moe,
     quantised_gemm,
     rnn,
@@ -42,6 +43,7 @@ MODELS: Final[tuple[KernelModel, ...]] = (
     scan.CHUNK_SCAN,
     streaming.MODEL,
     conv2d.MODEL,
+    host_copy.MODEL,
     general.MODEL,
 )
 

@@ -29,6 +29,7 @@ from simulator.kernel_time.rates import Rates
 from simulator.kernel_time.terms import cold_frac, dram_seconds, larger, norm, overlap, waves
 from workloads.numeric import Num, maximum, minimum
 from workloads.op import Op
+from workloads.ops.block_pool import BlockPool
 from workloads.ops.embedding import Embedding, EmbeddingBackward
 from workloads.ops.norm import LayerNorm, Norm, RmsNorm
 from workloads.ops.rope import Rope
@@ -182,6 +183,8 @@ def _elements(op: Op) -> Num:
         return op.rows * op.cols
     if isinstance(op, Rope):
         return op.num_tokens * op.num_heads * op.head_dim
+    if isinstance(op, BlockPool):
+        return op.streamed_elements()
     assert isinstance(op, (Embedding, EmbeddingBackward))
     return op.num_tokens * op.dim
 
@@ -201,7 +204,7 @@ def labels(op: Op, conditions: Conditions) -> Mapping[str, str]:
 
 MODEL: Final = KernelModel(
     name="streaming",
-    ops=(StreamedOp, RowMap, Softmax, Norm, Rope, Embedding, EmbeddingBackward),
+    ops=(StreamedOp, RowMap, Softmax, Norm, Rope, Embedding, EmbeddingBackward, BlockPool),
     constants=CONSTANTS,
     timing=streaming_seconds,
     labels=labels,

@@ -18,8 +18,8 @@ from hwmodels.dtypes import BF16, DType
 from hwmodels.errors import InputError
 from workloads.machine import Machine, SlowArray, Tile, Values
 from workloads.numeric import Num, any_true
-from workloads.op import Arrays, ProvedOp
-from workloads.ops.matmul import Matmul
+from workloads.op import Arrays, ProvedOp, Stage
+from workloads.ops.matmul import BatchedMatmul, Matmul
 from workloads.ops.softmax import Softmax
 from workloads.work import Work
 
@@ -225,8 +225,8 @@ class StandardAttention(AttentionOp):
     name: ClassVar[str] = "attention"
 
     @cached_property
-    def stages(self) -> tuple[Matmul, Softmax, Matmul]:
-        """The three kernels as ops."""
+    def kernels(self) -> tuple[Matmul, Softmax, Matmul]:
+        """The three kernels as ops, with the tilings that the counts are proved for."""
         products, rows = self.batch * self.kv_heads, self.heads_per_kv * self.len_q
         d, dv, keys = self.head_dim, self.value_dim, self.len_keys
         return (
@@ -235,17 +235,26 @@ class StandardAttention(AttentionOp):
             Matmul(batch=products, m=rows, n=dv, k=keys, dtype=self.dtype),
         )
 
+    def stages(self) -> tuple[Stage, ...]:
+        """The three kernels, the products batched as libraries run them."""
+        scores, softmax, output = self.kernels
+        qk, pv = (
+            BatchedMatmul(batch=o.batch, m=o.m, n=o.n, k=o.k, dtype=o.dtype)
+            for o in (scores, output)
+        )
+        return Stage("scores", qk), Stage("softmax", softmax), Stage("output", pv)
+
     def tiling(self, fast_bytes: Num) -> Mapping[str, Num]:
         """The tilings of the three kernels, prefixed `scores_`, `softmax_` and `output_`."""
         return {
             f"{stage}_{key}": value
-            for stage, op in zip(("scores", "softmax", "output"), self.stages, strict=True)
+            for stage, op in zip(("scores", "softmax", "output"), self.kernels, strict=True)
             for key, value in op.tiling(fast_bytes).items()
         }
 
     def work(self, fast_bytes: Num) -> Work:
         """The sum of the three kernels, and 1 (causal: 3) vector flops per score and pass."""
-        scores, softmax, output = self.stages
+        scores, softmax, output = self.kernels
         passes = softmax.tiling(fast_bytes)["passes"]
         on_read = passes * softmax.rows * softmax.cols * (1 + MASK_FLOPS * self.causal)
         total = scores.work(fast_bytes) + softmax.work(fast_bytes) + output.work(fast_bytes)
@@ -259,7 +268,7 @@ class StandardAttention(AttentionOp):
     def program(self, machine: Machine, inputs: Arrays) -> Arrays:
         """The programs of the three kernels, one after the other."""
         s = self.sizes()
-        matmul_qk, softmax, matmul_pv = self.stages
+        matmul_qk, softmax, matmul_pv = self.kernels
         q = machine.place(s.pack(inputs["q"]), self.dtype)
         k = machine.place(s.merge(inputs["k"]).swapaxes(-1, -2), self.dtype)
         v = machine.place(s.merge(inputs["v"]), self.dtype)

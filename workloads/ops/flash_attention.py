@@ -176,10 +176,10 @@ class FlashAttention2(AttentionOp):
             for stream in range(q.values.shape[0]):
                 for rows in row_tiles(s, tiles["br"], tiles["heads"]):
                     with machine.scope():
-                        self._tile(machine, s, tiles, stream, rows, (q, k, v, o, lse))
+                        self.tile(machine, s, tiles, stream, rows, (q, k, v, o, lse))
         return {"o": s.unpack(o.values), "lse": s.unpack(lse.values)}
 
-    def _tile(
+    def tile(
         self,
         mc: Machine,
         s: Sizes,
@@ -188,6 +188,7 @@ class FlashAttention2(AttentionOp):
         rows: slice,
         arrays: tuple[SlowArray, SlowArray, SlowArray, SlowArray, SlowArray],
     ) -> None:
+        """One tile of packed rows of one stream, over all the key blocks it sees."""
         q, k, v, o, lse = arrays
         num_rows, bc = rows.stop - rows.start, tiles["bc"]
         query = mc.load(q, (stream, rows))

@@ -14,11 +14,11 @@ import pytest
 from hwmodels import catalog
 from hwmodels.dtypes import BF16, FP16, FP32
 from simulator.estimate import BOUND, estimate
-from simulator.kernel_time.basis import basis
 from simulator.kernel_time.model import REPLAYED, ROTATED, USUAL, Conditions, KernelModel
 from simulator.kernel_time.predict import predict
 from simulator.kernel_time.rates import PATHS, rates_of
 from simulator.kernel_time.registry import MODELS, model_of
+from simulator.sensitivity import seconds_at
 from tests.simulator.test_estimate import small
 from workloads import registry
 from workloads.op import Op
@@ -40,16 +40,15 @@ def sizes(op: Op) -> Iterator[tuple[str, float]]:
             "Num" in str(f.type)
             and isinstance(value, (int, float))
             and not f.name.endswith(("_frac", "_ranks", "_nodes"))
+            and f.name not in op.cheaper
         ):
             yield f.name, value
 
 
 def seconds(op: Op, device: str, **rates: float) -> float:
-    on, model = catalog.device(device), model_of(type(op))
-    constants = basis(on, model).constants(model.labels(op, USUAL))
-    whole = rates_of(on)
+    whole = rates_of(catalog.device(device))
     moved = {name: getattr(whole, name) * factor for name, factor in rates.items()}
-    return float(model.time(op, dataclasses.replace(whole, **moved), constants, USUAL).seconds)
+    return float(seconds_at(op, dataclasses.replace(whole, **moved), USUAL, None))
 
 
 @pytest.mark.parametrize("name", registry.names())

@@ -1,0 +1,1 @@
+"""Published claims of the modelled systems against what the model says."""
