@@ -22,11 +22,13 @@ COMMANDS: Final = (
     "systems",
     "estimate",
     "sweep",
+    "scaling",
     "roofline",
     "plan",
     "predict",
     "validate",
     "calibrate",
+    "claims",
 )
 """Each is a function of that name in the module `cli.commands.<name>`, light to import."""
 

@@ -22,6 +22,14 @@ OpNames: TypeAlias = Annotated[
     list[str],
     typer.Argument(metavar="NAME", help="One or more ops; `ridgeplan systems` lists them."),
 ]
+SomeNames: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="NAME", help="Ops or systems; `ridgeplan systems` lists them."),
+]
+Family: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--family", metavar="F", help="And all modelled systems of this family."),
+]
 Params: TypeAlias = Annotated[
     list[str] | None, typer.Option("-p", "--param", metavar="KEY=VALUE", help=PARAM_HELP)
 ]

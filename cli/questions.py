@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -77,6 +78,46 @@ def ops_asked(
         entries.append(_Entry(over.key, lambda p, what: _swept(over)))
     _assign_all(values, entries)
     return {name: registry.build(name, fields) for name, fields in values.items()}
+
+
+def family_members(
+    family: str | None, params: Iterable[str], over: Over | None
+) -> tuple[list[str], list[str]]:
+    """The modelled systems of a family that the parameters suffice for, and the others.
+
+    A system takes part that has the swept parameter and needs no other than those given.
+    """
+    from workloads import registry
+
+    if family is None:
+        return [], []
+    known = list(dict.fromkeys(s.family for s in registry.systems()))
+    if family not in known:
+        raise UnknownNameError("family", family, known, "see `ridgeplan systems`")
+    names = [registry.resolve(s.id) for s in registry.systems() if s.family == family and s.op]
+    keys = [key.rpartition(".")[2] for key, _ in pairs(params)]
+    chosen = [name for name in dict.fromkeys(names) if _suffices(name, keys, over)]
+    return chosen, [name for name in dict.fromkeys(names) if name not in chosen]
+
+
+def say_left_out(left_out: Sequence[str], family: str | None) -> None:
+    """Name on stderr the systems of a family that the parameters do not suffice for."""
+    if left_out:
+        print(
+            f"ridgeplan: note: {len(left_out)} systems of {family} need other parameters: "
+            f"{', '.join(left_out)}",
+            file=sys.stderr,
+        )
+
+
+def _suffices(name: str, keys: Sequence[str], over: Over | None) -> bool:
+    from workloads import registry
+
+    words = [*keys, *([over.key] if over else [])]
+    if over is not None and not _fields_or_nothing(name, over.key):
+        return False
+    given = {field for word in words for field in _fields_or_nothing(name, word)}
+    return all(p.name in given for p in registry.params(name).values() if p.required)
 
 
 def parse_over(text: str, names: Sequence[str]) -> Over:

@@ -24,14 +24,10 @@ MOST_CHANCES = 2000
 class Series:
     """Estimates of one op on one device along the swept values (or a single one)."""
 
+    op_name: str
     estimate: Estimate
     values: tuple[int, ...]
     swept_fields: tuple[str, ...]
-
-    @property
-    def op_name(self) -> str:
-        """Name of the op."""
-        return self.estimate.op.name
 
     @property
     def device_id(self) -> str:
@@ -66,7 +62,7 @@ class Series:
 
     def document(self) -> dict[str, Any]:
         """The JSON record: one list entry per value in everything that is counted or timed."""
-        fixed = record(self.estimate) | {"params": self.fixed_params()}
+        fixed = record(self.estimate) | {"op": self.op_name, "params": self.fixed_params()}
         constant = ("op", "params", "device", "rung", "unrated", "notes", "sources", "calibration")
         return {k: v if k in constant else self._listed(v) for k, v in fixed.items()}
 
@@ -217,6 +213,7 @@ def ask_all(
     ops = ops_asked(names, params, over)
     return [
         Series(
+            op_name=name,
             estimate=estimate(op, on=device, rung=rung),
             values=over.values if over else (1,),
             swept_fields=registry.fields_meant(name, over.key) if over else (),

@@ -56,12 +56,12 @@ def figure(series: Sequence[Series], over: Over, crossings: Sequence[Crossover])
     fig = go.Figure()
     by = _colored_by(series)
     colors = {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(_unique(series, by))}
-    dashes = {name: DASHES[i % 4] for i, name in enumerate(_unique(series, "device_id"))}
+    dashes = _dashes(series)
     for s in series:
         if s.interval is not None:
             fig.add_trace(_band(s, s.interval, colors[getattr(s, by)]))
     for s in series:
-        fig.add_trace(_line(s, colors[getattr(s, by)], dashes[s.device_id]))
+        fig.add_trace(_line(s, colors[getattr(s, by)], dashes[s.op_name, s.device_id]))
         fig.add_trace(_markers(s, key, colors[getattr(s, by)]))
     _legend(fig, series)
     _end_labels(fig, plane, series, colors)
@@ -78,6 +78,17 @@ def figure(series: Sequence[Series], over: Over, crossings: Sequence[Crossover])
     )
     fig.update_layout(margin={**MARGIN, "r": room})
     return fig
+
+
+def _dashes(series: Sequence[Series]) -> dict[tuple[str, str], str]:
+    """Dashes tell devices apart; on one device, ops whose colours come round again."""
+    ops, devices = _unique(series, "op_name"), _unique(series, "device_id")
+    several = len(devices) > 1
+    return {
+        (op, device): DASHES[(j if several else i // len(PALETTE)) % len(DASHES)]
+        for i, op in enumerate(ops)
+        for j, device in enumerate(devices)
+    }
 
 
 def _powers_of_two(over: Over) -> bool:

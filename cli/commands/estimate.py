@@ -59,14 +59,15 @@ def estimate(
     from simulator.estimate import estimate as ask
 
     on = catalog.device(device)
-    (op,) = ops_asked([name], param or []).values()
+    ((asked, op),) = ops_asked([name], param or []).items()
     answer = ask(op, on=on, rung=rung)
+    found_record = record(answer) | {"op": asked}
     found = _elasticities(op, on) if sensitivity else {}
     if as_json:
         more = {"elasticities": found} if sensitivity else {}
-        show.print_json(record(answer) | more)
+        show.print_json(found_record | more)
         return
-    _show(answer, record(answer))
+    _show(answer, found_record)
     if sensitivity:
         _show_sensitivity(found, on)
 
@@ -101,7 +102,7 @@ def params_text(params: dict[str, Any]) -> str:
 
 def _show(e: Estimate, r: dict[str, Any]) -> None:
     out = show.console()
-    out.print(f"{e.op.name} on {e.device.id} ({e.device.name})", style="bold")
+    out.print(f"{r['op']} on {e.device.id} ({e.device.name})", style="bold")
     out.print(params_text(r["params"]))
     out.print()
     out.print(show.pairs([*_time(e, r), *_bounds(e, r)]))

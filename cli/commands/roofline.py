@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from cli import show
-from cli.options import AsJson, Html, MaybeOver, OpNames, Out, Params
+from cli.options import AsJson, Family, Html, MaybeOver, Out, Params, SomeNames
 from cli.quantity import digits, scaled_text, seconds_text
 from hwmodels.errors import InputError
 
@@ -23,11 +23,12 @@ MAX_POINTS: Final = 400
 
 
 def roofline(
-    names: OpNames,
     device: Annotated[
         list[str],
         typer.Option("--device", "-d", metavar="NAME", help="A device; may repeat, a panel each."),
     ],
+    names: SomeNames = None,
+    family: Family = None,
     param: Params = None,
     over: MaybeOver = None,
     html: Html = None,
@@ -44,7 +45,7 @@ def roofline(
     from cli.charts.picture import asked_for, rendered
     from cli.files import check_writable, write_all
     from cli.progress import patience
-    from cli.questions import parse_over
+    from cli.questions import family_members, parse_over, say_left_out
     from cli.roofs import by_device, place_of, roofs_of
     from cli.series import ask_all
     from simulator.estimate import BOUND
@@ -52,10 +53,16 @@ def roofline(
 
     pictures = asked_for(html, out)
     check_writable(pictures)
-    swept = parse_over(over, [registry.resolve(name) for name in names]) if over else None
+    own = [registry.resolve(name) for name in names or []]
+    swept = parse_over(over, own) if over else None
     if swept is not None and len(swept.values) > MAX_POINTS:
         raise InputError(f"--over has more than {MAX_POINTS} points; take a larger step")
-    series = by_device(ask_all(names, device, param or [], swept, BOUND))
+    members, left_out = family_members(family, param or [], swept)
+    if not (own or members):
+        raise InputError("name ops, or a family of systems with --family")
+    say_left_out(left_out, family)
+    chosen = list(dict.fromkeys([*own, *members]))
+    series = by_device(ask_all(chosen, device, param or [], swept, BOUND))
     if len(series) > MAX_DEVICES:
         raise InputError(f"{len(series)} devices in one picture; give at most {MAX_DEVICES}")
     panels = [

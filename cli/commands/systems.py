@@ -15,8 +15,10 @@ def systems(as_json: AsJson = False) -> None:
     proved: a program that counts itself backs the closed form. derived: the closed form stands
     alone. not yet: no op models the system.
     """
+    from validate.claims.score import shipped_record
     from workloads import registry
 
+    scores = shipped_record()
     found = [
         {
             "id": system.id,
@@ -25,7 +27,7 @@ def systems(as_json: AsJson = False) -> None:
             "paper": system.paper,
             "status": registry.system_status(system),
             "op": system.op or None,
-            "claims": 0,  # published claims evaluated against this model so far
+            "claims": dict(scores[system.id]) if system.id in scores else None,
         }
         for system in registry.systems()
     ]
@@ -41,10 +43,19 @@ def systems(as_json: AsJson = False) -> None:
         _show(found, ops)
 
 
+def _claims_text(counts: dict[str, int] | None) -> str:
+    """'12 / 14 of 15', or nothing where none was ever evaluated."""
+    if not counts or not counts["evaluated"]:
+        return "" if not counts else f"0 / 0 of {counts['claims']}"
+    evaluated = counts["reproduced"] + counts["off"]
+    return f"{counts['reproduced']} / {evaluated} of {counts['claims']}"
+
+
 def _show(found: list[dict[str, Any]], ops: list[dict[str, Any]]) -> None:
-    table = show.table("system", "title", "family", "status", "op")
+    table = show.table("system", "title", "family", "status", "claims", right=("claims",))
     for row in found:
-        table.add_row(row["id"], row["title"], row["family"], row["status"], row["op"] or "")
+        shown = _claims_text(row["claims"])
+        table.add_row(row["id"], row["title"], row["family"], row["status"], shown)
     plain = show.table("op", "what it is", "status", title="Plain ops")
     for row in ops:
         plain.add_row(row["id"], row["summary"], row["status"])
@@ -53,4 +64,8 @@ def _show(found: list[dict[str, Any]], ops: list[dict[str, Any]]) -> None:
     out.print(table)
     out.print(plain)
     shown = ", ".join(f"{counts[status]} {status}" for status in ("proved", "derived", "not yet"))
+    out.print(
+        "claims: reproduced / evaluated of all that are published (docs/claims.md); "
+        "`ridgeplan claims FILE` evaluates them anew."
+    )
     out.print(f"{len(found)} systems: {shown}; {len(ops)} plain ops.")

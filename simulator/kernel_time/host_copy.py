@@ -16,6 +16,7 @@ from simulator.kernel_time.constants import Constant
 from simulator.kernel_time.model import Conditions, Constants, KernelModel, KernelTime
 from simulator.kernel_time.rates import Rates
 from simulator.kernel_time.terms import real
+from workloads.numeric import any_true
 from workloads.ops.host_copy import HostCopy
 
 CONSTANTS: Final = (
@@ -31,7 +32,7 @@ def copy_seconds(
 ) -> KernelTime:
     """Seconds of one copy; refuses a device without a link to its host."""
     link = rates.host_bytes_per_s
-    if not real(link):
+    if not any_true(real(link) > 0):
         raise UnsupportedError(f"{rates.device.id} states no link to the host's memory")
     wire = op.num_bytes / (link * constants["link_frac"])
     latency = constants["latency_s"]

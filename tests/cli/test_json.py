@@ -245,5 +245,6 @@ def test_systems(capsys: pytest.CaptureFixture[str]) -> None:
         assert set(system) == {"id", "title", "family", "paper", "status", "op", "claims"}
         assert system["status"] in ("proved", "derived", "not yet")
         assert (system["op"] is None) == (system["status"] == "not yet")
-        assert system["claims"] == 0
+        counts = system["claims"]
+        assert counts is None or counts["reproduced"] + counts["off"] <= counts["claims"]
     assert {"matmul", "softmax"} <= {op["id"] for op in found["ops"]}

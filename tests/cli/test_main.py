@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -58,6 +59,14 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "estimate" in capsys.readouterr().out
 
 
+CLAIMS = {
+    "id": "flash_attention_2",
+    "family": "attention",
+    "claims": [{"quantity": "bwd attention fraction of peak", "value": 0.5, "unit": "fraction",
+                "setting": {"gpu": "A100"}, "kind": "mfu"}],
+}  # fmt: skip
+
+
 def examples_in_help() -> list[str]:
     texts = [main_module._main.__doc__ or ""]
     texts += [command.callback.__doc__ or "" for command in main_module.app.registered_commands]
@@ -77,6 +86,7 @@ def test_the_examples_in_the_help_work(
     for folder in ("measured", "."):
         write_rows(tmp_path / folder / "kernels_gemm.csv", gemm_rows(count=120))
     shutil.copy(FOLDER / "t4.json", tmp_path / "mine.json")
+    (tmp_path / "claims.json").write_text(json.dumps([CLAIMS]))
     monkeypatch.chdir(tmp_path)
     assert main(shlex.split(example)[1:]) == 0
     out, err = capsys.readouterr()

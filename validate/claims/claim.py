@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,6 +95,11 @@ _LOOSE: Final[Mapping[str, str]] = {
     "a100": "a100-sxm4-80gb", "a100-40gb": "a100-sxm4-40gb", "a100-80gb": "a100-sxm4-80gb",
     "a100-80gb-sxm": "a100-sxm4-80gb", "t4-16gb": "t4", "a6000": "rtx-a6000",
     "h100": "h100-sxm", "v100": "v100-sxm2-16gb", "a10g": "a10",
+    "rtx3090": "rtx-3090", "rtx4090": "rtx-4090",
+    "a100-80g": "a100-sxm4-80gb", "a100-40g": "a100-sxm4-40gb", "a800": "a800-sxm4-80gb",
+    "a100-80gb-pcie": "a100-pcie-80gb", "a100-40gb-pcie": "a100-pcie-40gb",
+    "v100-32g": "v100-sxm2-32gb", "v100-32gb": "v100-sxm2-32gb", "p100-16gb": "p100-pcie-16gb",
+    "h800": "h800-sxm", "h200": "h200-sxm", "b200": "b200-sxm", "a6000-ada": "rtx-6000-ada",
 }  # fmt: skip
 """What papers call a device without its form factor: the usual one is meant."""
 
@@ -101,14 +107,17 @@ _LOOSE: Final[Mapping[str, str]] = {
 def device_named(text: str) -> Device:
     """The device a paper means.
 
-    >>> device_named("A100-40GB").id, device_named("A100-80GB x1").id
+    >>> device_named("A100-40GB").id, device_named("NVIDIA A100-80GB-SXM4 x2").id
     ('a100-sxm4-40gb', 'a100-sxm4-80gb')
     """
-    name = text.split(" x")[0].split(",")[0].split("/")[0].split("(")[0].strip().casefold()
-    try:
-        return catalog.device(_LOOSE.get(name, name))
-    except InputError:
-        not_modelled(f"setting unclear: no device is called '{text}'")
+    name = re.split(r" x|[,/(]", text)[0].strip().casefold().replace(" ", "-")
+    name = re.sub(r"^(?:\d+-?x-?)?(?:nvidia-)?", "", name)
+    for candidate in (name, re.sub(r"-sxm\d?$", "", name), re.sub(r"-\d+gb?$", "", name)):
+        try:
+            return catalog.device(_LOOSE.get(candidate, candidate))
+        except InputError:
+            continue
+    not_modelled(f"setting unclear: no device is called '{text}'")
 
 
 def read_claims(path: Path) -> list[Claim]:

@@ -33,7 +33,9 @@ Evaluator: TypeAlias = Callable[[Claim], Value]
 
 REPRODUCED, OFF, NOT_MODELLED = "reproduced", "off", "not modelled"
 
-_MODULES: Final[Mapping[str, str]] = {}
+_MODULES: Final[Mapping[str, str]] = {
+    "flash_attention_2": "training",
+}
 """Where the evaluator of each system lives: `evaluate_<id>` of that module of this package."""
 
 
