@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -40,6 +40,14 @@ def estimate(
     sensitivity: Annotated[
         bool, typer.Option("--sensitivity", help="How the time answers to each device figure.")
     ] = False,
+    fast_memory: Annotated[
+        str | None,
+        typer.Option(
+            "--fast-memory",
+            metavar="SIZE",
+            help="Also the best tile in a fast memory of that size.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """How long one op takes on one device, how sure that is, and what bounds it.
@@ -63,13 +71,42 @@ def estimate(
     answer = ask(op, on=on, rung=rung)
     found_record = record(answer) | {"op": asked}
     found = _elasticities(op, on) if sensitivity else {}
+    tiled = {} if fast_memory is None else _tiled(op, fast_memory)
     if as_json:
-        more = {"elasticities": found} if sensitivity else {}
+        more: dict[str, Any] = {"elasticities": found} if sensitivity else {}
+        more |= {"tiled": tiled} if tiled else {}
         show.print_json(found_record | more)
         return
     _show(answer, found_record)
+    if tiled:
+        _show_tiled(tiled)
     if sensitivity:
         _show_sensitivity(found, on)
+
+
+def _tiled(op: Op, size: str) -> dict[str, Any]:
+    """The tile that a fast memory of that size allows, what it moves, and the least any could."""
+    from cli.quantity import parse
+
+    fast_bytes = parse(size, "bytes", "--fast-memory")
+    moved, least = float(op.work(fast_bytes).bytes), float(op.io_lower_bound_bytes(fast_bytes))
+    return {
+        "fast_bytes": fast_bytes,
+        "tile": {key: float(value) for key, value in op.tiling(fast_bytes).items()},
+        "bytes": moved,
+        "io_lower_bound_bytes": least,
+        "ratio": moved / least,
+    }
+
+
+def _show_tiled(tiled: dict[str, Any]) -> None:
+    tile = ", ".join(f"{key} {value:g}" for key, value in tiled["tile"].items()) or "none is chosen"
+    moved = (
+        f"moves {scaled_text(tiled['bytes'], 'B')}, {digits(tiled['ratio'])} x the lower bound of "
+        f"{scaled_text(tiled['io_lower_bound_bytes'], 'B')}"
+    )
+    size = scaled_text(tiled["fast_bytes"], "B")
+    show.console().print(show.pairs([(f"In {size}", f"tile: {tile}; {moved}")]))
 
 
 def _elasticities(op: Op, on: Device) -> dict[str, float]:
@@ -132,8 +169,17 @@ def _time(e: Estimate, r: dict[str, Any]) -> list[tuple[str, str]]:
         ("Time", f"{seconds_text(r['seconds'])}; 80 % of kernels in {ends[0]} .. {ends[1]}, "
                  f"90 % in {ends[2]} .. {ends[3]}"),
         ("Rung", f"{e.rung}: {e.prediction.basis.describe()}"),
-        ("Terms", f"{', '.join(terms)} (they overlap)"),
+        _parts_or_terms(e, terms),
     ]  # fmt: skip
+
+
+def _parts_or_terms(e: Estimate, terms: Sequence[str]) -> tuple[str, str]:
+    """The stages of an op that runs several kernels, or the overlapping terms of a single one."""
+    if e.prediction is None or len(e.prediction.parts) < 2:
+        return "Terms", f"{', '.join(terms)} (they overlap)"
+    beside = [part.name for part in e.prediction.parts if part.beside]
+    hidden = f"; {', '.join(beside)} beside the rest" if beside else ""
+    return "Stages", f"{', '.join(terms)}, one after another{hidden}"
 
 
 def _bounds(e: Estimate, r: dict[str, Any]) -> list[tuple[str, str]]:
@@ -190,6 +236,9 @@ def _memory_rows(e: Estimate, r: dict[str, Any]) -> Iterator[_Row]:
     for level in reversed(e.device.memory[1:]):
         moved = r["bytes_by_level"][level.name]
         yield _Row(f"{level.name} bytes", moved, "B", level.name, level.bytes_per_s)
+    if e.work.host_bytes:
+        rate = e.device.host_bytes_per_s
+        yield _Row("host link bytes", float(e.work.host_bytes), "B", "host", rate)
 
 
 def _masked(r: dict[str, Any]) -> list[tuple[str, str]]:

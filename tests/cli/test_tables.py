@@ -142,3 +142,13 @@ def test_systems_counts_what_it_lists(capsys: pytest.CaptureFixture[str]) -> Non
     out = capsys.readouterr().out
     assert "124 systems: " in out
     assert "hydragen" in out and "Plain ops" in out
+
+
+def test_an_op_of_several_kernels_names_them_and_its_tile(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = ["estimate", "attention", *FLASH[1:], "-d", "h100-sxm", "--fast-memory", "100KB"]
+    assert main(asked) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"Stages softmax .* scores .* output .*, one after another", out)
+    assert re.search(r"In 100 kB tile: scores_tm \d+.*; moves [\d.]+ GB, [\d.]+ x the lower", out)
