@@ -116,6 +116,11 @@ _OPS: Final[Mapping[str, Entry]] = {
     "gated_delta_rule": Entry("delta_rule", "GatedDeltaRule", "gated delta rule in chunks"),
     "gated_delta_step": Entry("delta_rule", "GatedDeltaStep", "gated delta rule, one new token"),
     "mamba2_chunk_scan": Entry("chunk_scan", "MambaChunkScan", "Mamba-2 scan in chunks"),
+    "linear_recurrence": Entry(
+        "linear_recurrence",
+        "LinearRecurrence",
+        "linear attention with decay or delta rule, chunked",
+    ),
     "embedding_backward": Entry("embedding", "EmbeddingBackward", "table lookup, backward"),
     "conv2d": Entry("conv2d", "Conv2d", "two-dimensional convolution, direct or Winograd"),
     "rnn": Entry("rnn", "Rnn", "recurrent layer: vanilla, GRU or LSTM, forward or backward"),
