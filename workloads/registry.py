@@ -116,6 +116,9 @@ _OPS: Final[Mapping[str, Entry]] = {
     "gated_delta_rule": Entry("delta_rule", "GatedDeltaRule", "gated delta rule in chunks"),
     "gated_delta_step": Entry("delta_rule", "GatedDeltaStep", "gated delta rule, one new token"),
     "mamba2_chunk_scan": Entry("chunk_scan", "MambaChunkScan", "Mamba-2 scan in chunks"),
+    "associative_scan": Entry(
+        "associative_scan", "AssociativeScan", "prefix scan of an associative operator"
+    ),
     "linear_recurrence": Entry(
         "linear_recurrence",
         "LinearRecurrence",
@@ -132,6 +135,18 @@ _OPS: Final[Mapping[str, Entry]] = {
     ),
     "custom_all_reduce": Entry(
         "collective_transfer", "CustomAllReduce", "all-reduce kernel of a serving framework"
+    ),
+    "combine_parts": Entry(
+        "shared_prefix", "CombineParts", "attentions over parts of the keys put together"
+    ),
+    "shared_prefix_attention": Entry(
+        "shared_prefix", "SharedPrefixAttention", "attention of sequences that share a prefix"
+    ),
+    "prefix_grouped_attention": Entry(
+        "shared_prefix", "PrefixGroupedAttention", "responses to one prompt, its keys once"
+    ),
+    "prefix_grouped_attention_backward": Entry(
+        "shared_prefix", "PrefixGroupedAttentionBackward", "the same, backward"
     ),
     "expert_exchange": Entry(
         "expert_exchange", "ExpertExchange", "tokens sent to their experts, or back"

@@ -105,12 +105,15 @@ def ops_seconds(ops: Sequence[Op], on: Device, kernel: str = "") -> float:
     return sum(float(predict(op, on=on, conditions=run).seconds) for op in ops)
 
 
-def all_reduce_seconds(num_bytes: float, ranks: int, on: Device) -> float:
-    """One all-reduce over the ranks of a node; nothing for a single rank."""
+def all_reduce_seconds(num_bytes: float, ranks: int, on: Device, kernel: str = "") -> float:
+    """One all-reduce over the ranks of a node; nothing for a single rank.
+
+    `kernel` "nccl" is NCCL alone, captured in a graph; the usual one has a framework around it.
+    """
     if ranks == 1:
         return 0.0
     op = CollectiveTransfer(kind="all_reduce", num_bytes=int(num_bytes), num_ranks=ranks)
-    return float(predict(op, on=on).seconds)
+    return ops_seconds([op], on, kernel)
 
 
 def weight_bytes(model: TransformerConfig, dtype: DType = FP16) -> float:
