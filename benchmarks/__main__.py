@@ -1,4 +1,7 @@
-"""Time every case and its baseline in turn; print seconds, ratio and bar; `--json` for programs."""
+"""Time every case and its baseline in turn; print seconds, ratio and bar.
+
+`--systems` times every modelled attention system over a million shapes; `--json` is for programs.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from benchmarks.cases import Case, cases
+from benchmarks.cases import Case, cases, system_cases
 
 
 def seconds(call: Callable[[], object], repeat: int) -> float:
@@ -40,7 +43,7 @@ def measured(case: Case) -> dict[str, object]:
 def main() -> None:
     """Run all cases."""
     rows = []
-    for case in cases():
+    for case in system_cases() if "--systems" in sys.argv else cases():
         row = measured(case)
         rows.append(row)
         if "--json" not in sys.argv:

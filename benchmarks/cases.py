@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hwmodels import catalog
 from simulator.estimate import BOUND, estimate
@@ -17,8 +18,10 @@ from simulator.memory import training_memory
 from simulator.planners.parallelism import plan_parallelism, plan_space
 from simulator.recipe import RECIPES
 from simulator.step import training_step
+from workloads import registry
 from workloads.models.config import load_hf_config
 from workloads.models.transformer import train_step
+from workloads.op import Op
 from workloads.ops.matmul import Matmul
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,6 +127,44 @@ def cases() -> list[Case]:
         ),
         plan_case(),
     ]  # fmt: skip
+
+
+FAMILIES = ("attention", "sparse_attention", "kv_compression")
+MILLION = 1_000_000
+SIZES = {"length": 4096, "size": 16, "fraction": 0.5}
+FIELDS = {"head_dim": 128, "num_heads": 32, "num_kv_heads": 8, "len_q": 1024}
+
+
+def system_cases() -> list[Case]:
+    """Every modelled system over a million batch sizes in one call: at most five seconds."""
+    batch = np.random.default_rng(0).integers(1, 64, MILLION).astype(np.float64)
+    names = [s.id for s in registry.systems() if s.op and s.family in FAMILIES]
+    return [system_case(registry.resolve(name), batch) for name in names]
+
+
+def system_case(name: str, batch: NDArray[np.float64]) -> Case:
+    """One system over those batches."""
+    h100 = catalog.device("h100-sxm")
+    return Case(
+        name=f"{name}, {MILLION:,} shapes in one call",
+        run=lambda: estimate(asked(name, batch), on=h100).seconds,
+        baseline_name="plain roofline, same shapes",
+        baseline=lambda: plain_roofline(batch, 4096, 4096),
+        bar_s=5.0,
+        units=MILLION,
+        baseline_units=MILLION,
+        repeat=1,
+    )
+
+
+def asked(name: str, batch: object) -> Op:
+    """The op of that name with usual sizes and those batches."""
+    values: dict[str, object] = {
+        p.name: FIELDS.get(p.name, SIZES[p.kind])
+        for p in registry.params(name).values()
+        if p.required and p.kind in SIZES
+    }
+    return registry.build(name, values | {"batch": batch})
 
 
 def plan_case() -> Case:
