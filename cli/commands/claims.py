@@ -197,18 +197,18 @@ def _show_scores(verdicts: Sequence[Verdict]) -> None:
 def _cells(s: Score) -> tuple[str, ...]:
     counts = (s.num_claims, s.num_complete, s.num_evaluated, s.reproduced, s.off)
     return (
-        s.id, *map(str, counts), _percent(s.exact_within_frac), _percent(s.timed_median_error),
-        _percent(s.timed_within_factor_frac),
+        s.id, *map(str, counts), _hundredths(s.exact_within_frac), _hundredths(s.timed_median_error),
+        _hundredths(s.timed_within_factor_frac),
     )  # fmt: skip
 
 
 def _balanced(b: Balanced) -> tuple[str, ...]:
     return (
-        f"a vote a system ({b.num_systems})", "", "", _percent(b.evaluated_frac), "", "",
-        _percent(b.exact_within_frac), _percent(b.timed_median_error),
-        _percent(b.timed_within_factor_frac),
+        f"a vote a system ({b.num_systems})", "", "", _hundredths(b.evaluated_frac), "", "",
+        _hundredths(b.exact_within_frac), _hundredths(b.timed_median_error),
+        _hundredths(b.timed_within_factor_frac),
     )  # fmt: skip
 
 
-def _percent(value: float | None) -> str:
+def _hundredths(value: float | None) -> str:
     return "" if value is None else f"{value * 100:.1f}"

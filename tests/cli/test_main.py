@@ -128,7 +128,7 @@ BAD = {
     "missing option": (("estimate", *MATMUL), "--device"),
     "unknown device": (("estimate", *MATMUL, "-d", "h1000-sxm"), "did you mean h100-sxm"),
     "unknown op": (("estimate", "matmull", "-d", "h100-sxm"), "did you mean matmul"),
-    "not modelled": (("estimate", "hydragen", "-d", "h100-sxm"), "not modelled yet"),
+    "not modelled": (("estimate", "lra", "-d", "h100-sxm"), "not modelled yet"),
     "unknown param": (("estimate", *MATMUL, "-p", "batches=1", "-d", "h100-sxm"), "batch"),
     "missing param": (("estimate", "matmul", "-p", "m=1", "-d", "h100-sxm"), "needs n, k"),
     "not key=value": (("estimate", *MATMUL, "-p", "batch", "-d", "h100-sxm"), "key=value"),

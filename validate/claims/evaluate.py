@@ -35,6 +35,8 @@ REPRODUCED, OFF, NOT_MODELLED = "reproduced", "off", "not modelled"
 
 _MODULES: Final[Mapping[str, str]] = {
     "flash_attention_2": "training",
+    "hydragen": "prefix",
+    "prefix_grouper": "prefix",
 }
 """Where the evaluator of each system lives: `evaluate_<id>` of that module of this package."""
 

@@ -1,7 +1,7 @@
 """Claims on shared prefixes: Hydragen (arXiv 2402.05099), Prefix Grouper (arXiv 2506.05433).
 
-Hydragen's table (section 4.1, appendix C.1): tokens per second of `batch` completions of one prompt,
-decoding alone (the time of the prompt is subtracted), tensor parallel over `n_gpus`.
+Hydragen's table (section 4.1, appendix C.1): tokens per second of `batch` completions of one
+prompt, decoding alone (the time of the prompt is subtracted), tensor parallel over `n_gpus`.
 
     Hydragen, FlashAttention    no-attention step + layers x attention       (graphs, no fusion)
     vLLM 0.2.7                  B sequence + tables + max(device, step, lists)
@@ -26,22 +26,23 @@ Off: FlashAttention with CodeLlama-34B, batch 1024, prefix 1024. Its cache and w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 from hwmodels.device import Device
 from hwmodels.dtypes import FP32, DType
-from validate.claims.claim import Claim, Value, not_modelled
-from validate.claims.decoder import all_reduce_seconds, ops_seconds, step_seconds
+from validate.claims.claim import EXACT_TOLERANCE, Claim, Value, not_modelled
+from validate.claims.decoder import ops_seconds, step_seconds
+from validate.claims.formula import formula_value
 from validate.claims.models import model_named
 from validate.claims.unfused import no_attention_seconds, weight_bytes
 from workloads.models.architecture import TransformerConfig
 from workloads.op import Op
 from workloads.ops.decode_attention import DecodeAttention
 from workloads.ops.elementwise import Elementwise
-from workloads.ops.flash_attention import FlashAttention2
 from workloads.ops.matmul import Matmul
-from workloads.ops.shared_prefix import FA2, PrefixGroupedAttention, SharedPrefixAttention
+from workloads.ops.shared_prefix import PrefixGroupedAttention, SharedPrefixAttention
 
 HYDRAGEN, FLASH, VLLM, NONE = "hydragen", "flashattention", "vllm", "no-attention"
 OOM: Final = "OOM"
@@ -127,10 +128,9 @@ def evaluate_hydragen(claim: Claim) -> Value:
         return _drop(claim)
     if "speedup" in quantity:
         cell = _cell(claim)
-        baselines = [throughput(cell, impl) for impl in (FLASH, VLLM)]
-        best = max(rate for rate in baselines if not isinstance(rate, str))
-        own = throughput(cell, HYDRAGEN)
-        return own if isinstance(own, str) else own / best
+        own, *baselines = (throughput(cell, impl) for impl in (HYDRAGEN, FLASH, VLLM))
+        running = [rate for rate in baselines if not isinstance(rate, str)]
+        return own / max(running) if running and not isinstance(own, str) else OOM
     if "throughput" in quantity or OOM.casefold() in quantity:
         impl = NONE if "no-attention" in quantity else _impl(claim)
         return throughput(_cell(claim, prefix_matters=impl != NONE), impl)
@@ -138,7 +138,7 @@ def evaluate_hydragen(claim: Claim) -> Value:
 
 
 def _drop(claim: Claim) -> Value:
-    """Per cent of throughput lost from a prefix of 1k to one of 16k; the abstract's model is 13B."""
+    """Per cent of throughput lost from a prefix of 1k to 16k; the abstract's model is 13B."""
     setting = {"model": "CodeLlama-13B", "gpu": "A100-40GB", "n_gpus": 8} | dict(claim.setting)
     short, long = (
         throughput(_cell_of(claim, setting | {"shared_prefix": prefix}), HYDRAGEN)
@@ -292,7 +292,9 @@ def vllm_device_seconds(cell: Decoding) -> float:
         dtype=cell.dtype, attend=lambda _: (),
     )  # fmt: skip
     fetched = cell.batch * cell.heads[0] * (cell.prefix + cell.length) * 2 * dim
-    rate = cell.on.measured.get(L2_FAR, cell.on.level("l2").bytes_per_s)
+    rate = cell.on.measured.get(L2_FAR) or cell.on.level("l2").bytes_per_s
+    if rate is None:
+        not_modelled(f"no bandwidth is known of the L2 of {cell.on.name}")
     own = DecodeAttention(
         batch=cell.batch, num_heads=cell.heads[0], num_kv_heads=cell.heads[1], len_kv=cell.length,
         head_dim=dim, dtype=cell.dtype,
@@ -304,5 +306,58 @@ def vllm_device_seconds(cell: Decoding) -> float:
 # ---- Prefix Grouper ------------------------------------------------------------------------
 
 
+PREFIXES: Final = (4096, 8192, 16384)
+"""Lengths of the prompt at which a formula is tried where the setting names none."""
+
+
 def evaluate_prefix_grouper(claim: Claim) -> Value:
-    raise NotImplementedError
+    """Flop ratios of grouped to repeated prompts: the formula, where the counts confirm it.
+
+    With sizes (P, R, G) and no formula, the ratio itself. The counts are those of the op and of a
+    product over its tokens; causal attention counts the diagonal whole, P (P + 1) / 2 pairs.
+    """
+    counted = _counted_ratio(claim)
+    text = claim.setting.get("formula")
+    if not isinstance(text, str):
+        return counted(*(int(n) for n in claim.sizes("P", "R", "G")))
+    named = claim.setting.get("P", PREFIXES)
+    lengths = [int(n) for n in (named if isinstance(named, (list, tuple)) else [named])]
+    ratio, _, limit = text.partition("->")
+    tried = [
+        (ratio, {"P": p, "R": max(p // share, 1), "G": group})
+        for p in lengths
+        for share, group in ((16, 4), (4, 8), (1, 16))
+    ]
+    if limit:  # 'X for P >> R'
+        tried += [(limit.split("for")[0], {"P": p, "R": 1, "G": 8}) for p in lengths]
+    for formula, sizes in tried:
+        found = counted(*sizes.values())
+        if not _near(formula_value(formula, sizes), found):
+            return f"{found:.6g} at {sizes}"
+    return text
+
+
+def _near(one: float, other: float) -> bool:
+    return abs(one / other - 1) <= EXACT_TOLERANCE
+
+
+def _counted_ratio(claim: Claim) -> Callable[[int, int, int], float]:
+    """From P, R and G to the flops of the claim's layers, grouped over repeated."""
+    quantity = claim.quantity.casefold()
+    if "linear" not in quantity and "attention" not in quantity:
+        not_modelled(f"no rule for '{claim.quantity}'")
+
+    def ratio(prefix: int, response: int, group: int) -> float:
+        op = PrefixGroupedAttention(
+            num_responses=group, len_prefix=prefix, len_response=response, num_heads=1, head_dim=128
+        )
+        pair: tuple[Op, Op] = (op, op.repeated())
+        if "linear" in quantity:
+            pair = (
+                Matmul(m=op.num_tokens(), n=128, k=128),
+                Matmul(m=op.num_tokens_repeated(), n=128, k=128),
+            )
+        new, old = (sum(float(f) for f in one.min_flops().values()) for one in pair)
+        return new / old
+
+    return ratio

@@ -51,16 +51,16 @@ def _scores(verdicts: Sequence[Verdict]) -> Iterator[str]:
 def _row(s: Score) -> str:
     return (
         f"| {s.id} | {s.num_claims} | {s.num_complete} | {s.num_evaluated} | {s.reproduced} | "
-        f"{s.off} | {_percent(s.exact_within_frac)} | {_percent(s.timed_median_error)} | "
-        f"{_percent(s.timed_within_factor_frac)} |"
+        f"{s.off} | {_hundredths(s.exact_within_frac)} | {_hundredths(s.timed_median_error)} | "
+        f"{_hundredths(s.timed_within_factor_frac)} |"
     )
 
 
 def _balanced_row(b: Balanced) -> str:
     return (
-        f"| a vote a system ({b.num_systems}) | | | {_percent(b.evaluated_frac)} % | | | "
-        f"{_percent(b.exact_within_frac)} | {_percent(b.timed_median_error)} | "
-        f"{_percent(b.timed_within_factor_frac)} |"
+        f"| a vote a system ({b.num_systems}) | | | {_hundredths(b.evaluated_frac)} % | | | "
+        f"{_hundredths(b.exact_within_frac)} | {_hundredths(b.timed_median_error)} | "
+        f"{_hundredths(b.timed_within_factor_frac)} |"
     )
 
 
@@ -111,7 +111,7 @@ def value_text(value: Value) -> str:
     return value if isinstance(value, str) else f"{value:.4g}"
 
 
-def _percent(value: float | None) -> str:
+def _hundredths(value: float | None) -> str:
     return "-" if value is None else f"{value * 100:.1f}"
 
 
