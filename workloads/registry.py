@@ -177,7 +177,7 @@ def names() -> tuple[str, ...]:
 def resolve(name: str) -> str:
     """The registered spelling of an op's name; case, hyphens and underscores are the same.
 
-    A system with values of its own for some fields of an op is a name in its own right.
+    A system is a name in its own right, whether or not it sets fields of its op.
 
     >>> resolve("Flash-Attention-2")
     'flash_attention_2'
@@ -193,7 +193,7 @@ def resolve(name: str) -> str:
         raise InputError(
             f"{system.id} is listed but not modelled yet; see `ridgeplan systems` for what is"
         )
-    return system.id if system.preset else system.op
+    return system.id
 
 
 def summary(name: str) -> str:
