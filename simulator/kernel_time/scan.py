@@ -13,6 +13,10 @@ Each kernel is a grid of thread blocks whose parts run one after the other, on S
     delta rules of several kernels:
         T = launch + |t_hbm, t_sm, t_mma, t_units|_4 + fill block + waves(blocks, S) steps step
 
+    linear recurrences of several kernels (chunk states, then outputs; gates and scores of a
+    decay by channel before them), their constants those of the delta rules:
+        T = launch + t_hbm + t_math + waves(blocks, 2 S) steps step
+
 What a block is, by kernel: Dao's CUDA convolution gives a block one channel of one
 sequence in chunks of 1024 tokens; Triton's gives it 8 tokens of 256 channels; the recurrent
 kernels carry the state of one head from chunk to chunk, which is the chain of a chunked scan
@@ -33,6 +37,7 @@ from workloads.numeric import Num, ceil_div, maximum, minimum
 from workloads.op import Op
 from workloads.ops.chunk_scan import MambaChunkScan
 from workloads.ops.delta_rule import GatedDeltaRule, GatedDeltaStep
+from workloads.ops.linear_recurrence import CHANNEL, FP32_BYTES, SCALAR, LinearRecurrence
 from workloads.ops.short_conv import ShortConv
 
 K: Final = ("kernel",)
@@ -87,6 +92,7 @@ CUDA_KERNEL: Final = "causal-conv1d"
 """Dao's kernel and its variants, by the start of their label; any other is taken for Triton's."""
 VALUE_BLOCK: Final = 64
 """Columns of the state that one block of a delta rule carries."""
+LARGEST: Final = float(2**52)
 FUSED: Final = "flashinfer"
 """A delta rule of one kernel, whose blocks do everything for a head."""
 
@@ -181,6 +187,51 @@ def scan_seconds(op: Op, rates: Rates, constants: Constants, conditions: Conditi
     return KernelTime(c["launch_s"] + overlap(busy, terms["blocks"]), terms)
 
 
+STATE_BLOCK: Final = 64
+"""Rows and columns of a state that one block carries (flash-linear-attention, chunk_fwd_h)."""
+STATE_SLOTS: Final = 2
+"""Blocks of that kernel an SM holds: two states and their operands fill its shared memory."""
+
+
+def delta_seconds(op: Op, rates: Rates, constants: Constants, conditions: Conditions) -> KernelTime:
+    """Seconds of a delta rule, or of a linear recurrence with additive updates."""
+    if not isinstance(op, LinearRecurrence):
+        return scan_seconds(op, rates, constants, conditions)
+    c, heads, chunks = constants, op.batch * op.num_heads, op.num_chunks
+    work = op.work(LARGEST)
+    math = work.vector_flops / rates.vector_flops_per_s + work.special_ops / rates.special_ops_per_s
+    for dtype, flops in work.tensor_flops.items():
+        math = math + flops / (rates.matmul_flops_per_s(dtype) * c["mma_frac"])
+    blocks = heads * ceil_div(op.key_dim, STATE_BLOCK) * ceil_div(op.width_v, STATE_BLOCK)
+    rounds = waves(blocks, rates.num_sms * STATE_SLOTS, c["ragged_frac"])
+    bandwidth = rates.hbm_bytes_per_s * c["hbm_frac"]
+    terms = {
+        "launch": c["launch_s"],
+        "hbm": dram_seconds(_handed_bytes(op), bandwidth, c["ramp_s"]),
+        "math": math,
+        "blocks": rounds * chunks * c["step_s"],
+    }
+    return KernelTime(sum(terms.values()), terms)
+
+
+def _handed_bytes(op: LinearRecurrence) -> Num:
+    """What the kernels of an additive recurrence read and write, states and scores between them.
+
+    States: K and V in, a state a chunk out. Outputs: Q, K, V and the states in, O out. A decay is
+    read by both; by channel it is summed up first, and scores are a kernel of their own.
+    """
+    tokens, e = op.batch * op.num_heads * op.len_seq, op.dtype.bytes_per_element
+    dk, dv = op.key_dim, op.width_v
+    states = op.num_chunks * op.batch * op.num_heads * dk * dv
+    moved = tokens * (3 * dk + 3 * dv) * e + 2 * states * e
+    if op.decay == SCALAR:
+        return moved + 2 * tokens * FP32_BYTES
+    if op.decay == CHANNEL:
+        gates, scores = 5 * dk * FP32_BYTES, 2 * op.rows * e  # sum in, out; read by three kernels
+        return moved + tokens * (2 * dk * e + gates + scores)
+    return moved
+
+
 SHORT_CONV: Final = KernelModel(
     name="short_conv", ops=(ShortConv,), constants=COMMON, timing=scan_seconds
 )
@@ -188,7 +239,10 @@ DELTA_STEP: Final = KernelModel(
     name="delta_step", ops=(GatedDeltaStep,), constants=COMMON, timing=scan_seconds
 )
 DELTA_RULE: Final = KernelModel(
-    name="delta_rule", ops=(GatedDeltaRule,), constants=(*COMMON, *MMA, *UNIT), timing=scan_seconds
+    name="delta_rule",
+    ops=(GatedDeltaRule, LinearRecurrence),
+    constants=(*COMMON, *MMA, *UNIT),
+    timing=delta_seconds,
 )
 CHUNK_SCAN: Final = KernelModel(
     name="chunk_scan", ops=(MambaChunkScan,), constants=(*COMMON, *MMA), timing=scan_seconds

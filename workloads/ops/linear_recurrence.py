@@ -39,7 +39,6 @@ from workloads.machine import Machine, SlowArray, Tile, Values, slices
 from workloads.numeric import Num, ceil_div, floor, minimum
 from workloads.op import Arrays, ProvedOp, Stage, checked_size, require_fit
 from workloads.ops.attention import MASK_FLOPS
-from workloads.ops.chunk_scan import MambaChunkScan
 from workloads.ops.delta_rule import GatedDeltaRule
 from workloads.ops.flash_attention import transposed
 from workloads.work import Work
@@ -118,21 +117,21 @@ class LinearRecurrence(ProvedOp):
         """Tokens of the longest chunk."""
         return minimum(self.chunk, self.len_seq)
 
+    @property
+    def num_chunks(self) -> Num:
+        """Chunks of a sequence."""
+        return ceil_div(self.len_seq, self.chunk)
+
     def stages(self) -> tuple[Stage, ...]:
-        """Timed as the kernels of Mamba-2's scan, or of the gated delta rule."""
-        if self.rule == DELTA:
-            delta = GatedDeltaRule(
-                batch=self.batch, len_seq=self.len_seq, num_heads=self.num_heads,
-                num_key_heads=self.num_heads, key_dim=self.key_dim, value_dim=self.width_v,
-                chunk=self.chunk, dtype=self.dtype,
-            )  # fmt: skip
-            return (Stage("chunks", delta),)
-        scan = MambaChunkScan(
+        """A delta rule is timed as the gated one; additive rules by a kernel model of their own."""
+        if self.rule == ADDITIVE:
+            return ()
+        delta = GatedDeltaRule(
             batch=self.batch, len_seq=self.len_seq, num_heads=self.num_heads,
-            num_groups=self.num_heads, state_dim=self.key_dim, head_dim=self.width_v,
+            num_key_heads=self.num_heads, key_dim=self.key_dim, value_dim=self.width_v,
             chunk=self.chunk, dtype=self.dtype,
         )  # fmt: skip
-        return (Stage("chunks", scan),)
+        return (Stage("chunks", delta),)
 
     def tiling(self, fast_bytes: Num) -> Mapping[str, Num]:
         """Columns of the state held at a time: all, or what fits beside one chunk."""
