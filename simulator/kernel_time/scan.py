@@ -15,7 +15,7 @@ Each kernel is a grid of thread blocks whose parts run one after the other, on S
 
     linear recurrences of several kernels (chunk states, then outputs; gates and scores of a
     decay by channel before them), their constants those of the delta rules:
-        T = launch + t_hbm + t_math + waves(blocks, 2 S) steps step
+        T = launch + t_hbm + t_math + waves(blocks, 4 S) steps step
 
 What a block is, by kernel: Dao's CUDA convolution gives a block one channel of one
 sequence in chunks of 1024 tokens; Triton's gives it 8 tokens of 256 channels; the recurrent
@@ -189,8 +189,8 @@ def scan_seconds(op: Op, rates: Rates, constants: Constants, conditions: Conditi
 
 STATE_BLOCK: Final = 64
 """Rows and columns of a state that one block carries (flash-linear-attention, chunk_fwd_h)."""
-STATE_SLOTS: Final = 2
-"""Blocks of that kernel an SM holds: two states and their operands fill its shared memory."""
+STATE_SLOTS: Final = 4
+"""Blocks of that kernel an SM holds: states of 64 x 64 and their operands fill it."""
 
 
 def delta_seconds(op: Op, rates: Rates, constants: Constants, conditions: Conditions) -> KernelTime:

@@ -10,7 +10,7 @@ from hwmodels.dtypes import BF16, FP8, FP32
 from hwmodels.errors import InputError
 from tests.workloads.proof import assert_proved, proves
 from workloads.op import Op
-from workloads.ops.block_pool import BlockPool
+from workloads.ops.block_pool import KINDS, BlockPool
 from workloads.ops.host_copy import HostCopy
 from workloads.ops.selected_attention import SelectedAttention
 from workloads.ops.top_k import TopK
@@ -47,6 +47,7 @@ def pools(draw: st.DrawFn) -> BlockPool:
     return BlockPool(
         batch=draw(st.integers(1, 3)), len_seq=length, dim=draw(st.integers(1, 20)),
         block=draw(st.integers(1, length)), dtype=draw(st.sampled_from([BF16, FP32])),
+        out_dtype=draw(st.sampled_from([None, FP32])), kind=draw(st.sampled_from(KINDS)),
     )  # fmt: skip
 
 
@@ -104,6 +105,8 @@ def test_more_than_all_and_longer_than_the_sequence_are_refused() -> None:
         TopK(rows=1, cols=8, k=9)
     with pytest.raises(InputError, match="block = 9 is longer than len_seq = 8"):
         BlockPool(len_seq=8, dim=1, block=9)
+    with pytest.raises(InputError, match="kind = 'median' must be one of mean, sum, max"):
+        BlockPool(len_seq=8, dim=1, block=8, kind="median")
 
 
 def test_a_copy_to_the_host_reads_device_memory() -> None:

@@ -40,6 +40,8 @@ from workloads.plan import Plan
 
 TOKENS_PER_MICRO_BATCH: Final = 8192
 TOKENS_PER_STEP: Final = 2**20
+TOKENS_OF_KERNELS: Final = 16384
+LENGTHS: Final = (512, 1024, 2048, 4096, 8192, 16384)
 STATE_BYTES_PER_PARAMETER: Final = 16
 """fp16 weights and gradients, fp32 weights and two moments."""
 KERNELS: Final = {"FlashAttention": "figure:fa1", "FlashAttention-2": "figure:fa2"}
@@ -52,10 +54,9 @@ def evaluate_flash_attention_2(claim: Claim) -> Value:
     if "end-to-end" in quantity:
         return _training(claim)
     on = claim.device()
-    if "fwd attention tflops" in quantity:
-        return max(
-            _tflops(s, on, KERNELS["FlashAttention-2"], backward=False) for s in _sweep(claim)
-        )
+    if "tflops" in quantity:
+        backward, kernel = "bwd" in quantity, _kernel(claim)
+        return max(_tflops(s, on, kernel, backward=backward) for s in _sweep(claim))
     if "fraction of peak" in quantity:
         return _peak_share(claim, on)
     if "speedup vs fa1" in quantity:
@@ -133,17 +134,34 @@ def unfused(shape: AttentionOp, *, recompute: bool) -> list[Op]:
 
 
 def _sweep(claim: Claim) -> list[FlashAttention2]:
-    """The paper's benchmark: 16k tokens, hidden 2048, heads of 64 or 128, seq 512 to 16k."""
-    hidden = int(claim.setting.get("hidden", 2048))
+    """The paper's benchmark: 16k tokens, hidden 2048, heads of 64 or 128, seq 512 to 16k.
+
+    A setting that names one length, width or mask alone is taken at its word.
+    """
+    s = claim.setting
+    hidden, tokens = int(s.get("hidden", 2048)), s.get("tokens_per_batch", TOKENS_OF_KERNELS)
+    tokens = tokens if isinstance(tokens, int) else TOKENS_OF_KERNELS
+    lengths = [s["seq"]] if isinstance(s.get("seq"), int) else LENGTHS
+    widths = [s["head_dim"]] if isinstance(s.get("head_dim"), int) else (64, 128)
+    masks = [s["causal"]] if isinstance(s.get("causal"), bool) else (False, True)
     return [
         FlashAttention2(
-            batch=16384 // seq, num_heads=hidden // dim, len_q=seq, head_dim=dim, causal=causal,
+            batch=int(s.get("batch", max(tokens // seq, 1))),
+            num_heads=int(s.get("heads", hidden // dim)), len_q=seq, head_dim=dim, causal=causal,
             dtype=claim.dtype(),
         )
-        for seq in (512, 1024, 2048, 4096, 8192, 16384)
-        for dim in (64, 128)
-        for causal in (False, True)
+        for seq in lengths
+        for dim in widths
+        for causal in masks
     ]  # fmt: skip
+
+
+def _kernel(claim: Claim) -> str:
+    """The label of the implementation that the setting or the quantity names."""
+    impl = str(claim.setting.get("impl", "FlashAttention-2"))
+    if impl not in KERNELS:
+        not_modelled(f"no kernel of '{impl}' is known here")
+    return KERNELS[impl]
 
 
 def _peak_share(claim: Claim, on: Device) -> float:
