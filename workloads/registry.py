@@ -107,8 +107,33 @@ _OPS: Final[Mapping[str, Entry]] = {
         "selected_attention", "SelectedAttention", "attention over lists of selected keys"
     ),
     "top_k": Entry("top_k", "TopK", "indices of the k largest of each row"),
+    "key_scores": Entry("key_scores", "KeyScores", "scores of few queries against an index"),
+    "selective_attention": Entry(
+        "selection", "SelectiveAttention", "attention over keys that an index picks"
+    ),
+    "tree_attention": Entry(
+        "tree_attention", "TreeAttention", "attention over keys that a tree search finds"
+    ),
+    "flex_prefill_attention": Entry(
+        "flex_prefill", "FlexPrefillAttention", "a prompt's attention over blocks by share of mass"
+    ),
+    "block_max": Entry("tree_attention", "BlockMax", "maxima over blocks of rows"),
     "block_pool": Entry("block_pool", "BlockPool", "means over blocks of rows"),
     "host_copy": Entry("host_copy", "HostCopy", "copy between host and device memory"),
+    "recover_chunks": Entry(
+        "shadow_kv", "RecoverChunks", "keys from low-rank factors, values from the host"
+    ),
+    "shadow_kv_decode": Entry(
+        "shadow_kv", "ShadowKvDecode", "low-rank keys, values on the host, chosen by landmarks"
+    ),
+    "shadow_kv_build": Entry("shadow_kv", "ShadowKvBuild", "factors and landmarks of a prompt"),
+    "evict_least": Entry("heavy_hitter", "EvictLeast", "scores of kept tokens, and the least"),
+    "heavy_hitter_decode": Entry(
+        "heavy_hitter", "HeavyHitterDecode", "one new token over heavy hitters and recent tokens"
+    ),
+    "heavy_hitter_prefill": Entry(
+        "heavy_hitter", "HeavyHitterPrefill", "a prompt's attention, and which tokens it keeps"
+    ),
     "moe_ffn": Entry("moe_ffn", "MoeFfn", "routed experts of one rank, forward"),
     "embedding": Entry("embedding", "Embedding", "table lookup, forward"),
     "row_map": Entry("row_map", "RowMap", "pointwise map, a thread block a row"),
@@ -123,6 +148,9 @@ _OPS: Final[Mapping[str, Entry]] = {
         "linear_recurrence",
         "LinearRecurrence",
         "linear attention with decay or delta rule, chunked",
+    ),
+    "linear_recurrence_backward": Entry(
+        "linear_recurrence_backward", "LinearRecurrenceBackward", "its backward pass"
     ),
     "embedding_backward": Entry("embedding", "EmbeddingBackward", "table lookup, backward"),
     "conv2d": Entry("conv2d", "Conv2d", "two-dimensional convolution, direct or Winograd"),
@@ -147,6 +175,18 @@ _OPS: Final[Mapping[str, Entry]] = {
     ),
     "prefix_grouped_attention_backward": Entry(
         "shared_prefix", "PrefixGroupedAttentionBackward", "the same, backward"
+    ),
+    "packed_attention": Entry(
+        "packed_attention", "PackedAttention", "attention of unequal sequences without padding"
+    ),
+    "feature_map": Entry("ntk_attention", "FeatureMap", "elu(x) + 1, a thread block a row"),
+    "add_state": Entry("ntk_attention", "AddState", "a prefix's state put into an attention"),
+    "ntk_attention": Entry(
+        "ntk_attention", "NtkAttention", "attention with a prefix kept as a matrix and a vector"
+    ),
+    "skew": Entry("relative_attention", "Skew", "relative scores moved to the places of the keys"),
+    "relative_attention": Entry(
+        "relative_attention", "RelativeAttention", "attention with learned relative positions"
     ),
     "expert_exchange": Entry(
         "expert_exchange", "ExpertExchange", "tokens sent to their experts, or back"

@@ -38,6 +38,7 @@ from workloads.op import Op
 from workloads.ops.chunk_scan import MambaChunkScan
 from workloads.ops.delta_rule import GatedDeltaRule, GatedDeltaStep
 from workloads.ops.linear_recurrence import CHANNEL, FP32_BYTES, SCALAR, LinearRecurrence
+from workloads.ops.linear_recurrence_backward import LinearRecurrenceBackward
 from workloads.ops.short_conv import ShortConv
 
 K: Final = ("kernel",)
@@ -195,21 +196,32 @@ STATE_SLOTS: Final = 4
 
 def delta_seconds(op: Op, rates: Rates, constants: Constants, conditions: Conditions) -> KernelTime:
     """Seconds of a delta rule, or of a linear recurrence with additive updates."""
-    if not isinstance(op, LinearRecurrence):
-        return scan_seconds(op, rates, constants, conditions)
-    c, heads, chunks = constants, op.batch * op.num_heads, op.num_chunks
+    if isinstance(op, LinearRecurrenceBackward):
+        return _recurrence(op, op.forward(), rates, constants)
+    if isinstance(op, LinearRecurrence):
+        return _recurrence(op, op, rates, constants)
+    return scan_seconds(op, rates, constants, conditions)
+
+
+def _recurrence(op: Op, forward: LinearRecurrence, rates: Rates, c: Constants) -> KernelTime:
+    """An additive recurrence: its own counts, the chain and the arrays of its forward pass.
+
+    Backward, states and their gradients are two chains, and every array has a gradient.
+    """
+    f, passes = forward, 2 if isinstance(op, LinearRecurrenceBackward) else 1
     work = op.work(LARGEST)
     math = work.vector_flops / rates.vector_flops_per_s + work.special_ops / rates.special_ops_per_s
     for dtype, flops in work.tensor_flops.items():
         math = math + flops / (rates.matmul_flops_per_s(dtype) * c["mma_frac"])
-    blocks = heads * ceil_div(op.key_dim, STATE_BLOCK) * ceil_div(op.width_v, STATE_BLOCK)
+    tiles = ceil_div(f.key_dim, STATE_BLOCK) * ceil_div(f.width_v, STATE_BLOCK)
+    blocks = f.batch * f.num_heads * tiles
     rounds = waves(blocks, rates.num_sms * STATE_SLOTS, c["ragged_frac"])
     bandwidth = rates.hbm_bytes_per_s * c["hbm_frac"]
     terms = {
         "launch": c["launch_s"],
-        "hbm": dram_seconds(_handed_bytes(op), bandwidth, c["ramp_s"]),
+        "hbm": passes * dram_seconds(_handed_bytes(f), bandwidth, c["ramp_s"]),
         "math": math,
-        "blocks": rounds * chunks * c["step_s"],
+        "blocks": passes * rounds * f.num_chunks * c["step_s"],
     }
     return KernelTime(sum(terms.values()), terms)
 
@@ -240,7 +252,7 @@ DELTA_STEP: Final = KernelModel(
 )
 DELTA_RULE: Final = KernelModel(
     name="delta_rule",
-    ops=(GatedDeltaRule, LinearRecurrence),
+    ops=(GatedDeltaRule, LinearRecurrence, LinearRecurrenceBackward),
     constants=(*COMMON, *MMA, *UNIT),
     timing=delta_seconds,
 )

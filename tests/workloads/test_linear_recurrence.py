@@ -12,6 +12,7 @@ from hwmodels.errors import InputError
 from tests.workloads.proof import assert_proved, proves
 from workloads.machine import Machine
 from workloads.ops.linear_recurrence import CHANNEL, DELTA, NONE, SCALAR, LinearRecurrence
+from workloads.ops.linear_recurrence_backward import DELTA_PASSES, LinearRecurrenceBackward
 
 FORMS = [
     {"decay": decay, "normalised": normalised}
@@ -90,3 +91,14 @@ def test_forms_that_do_not_exist_are_refused(change: dict[str, object], says: st
 def test_a_chunk_that_does_not_fit_is_refused_with_its_size() -> None:
     with pytest.raises(InputError, match="one chunk and a column of the state"):
         LinearRecurrence(num_heads=1, len_seq=512, key_dim=128, chunk=512).tiling(2**18)
+
+
+def test_the_backward_pass_counts_its_products_and_keeps_to_the_forms() -> None:
+    op = LinearRecurrenceBackward(num_heads=2, len_seq=96, key_dim=32, value_dim=16, chunk=64)
+    squares, n = 64**2 + 32**2, 96
+    products = 10 * n * 32 * 16 + squares * (6 * 32 + 4 * 16)
+    assert op.work(2**20).tensor_flops[BF16] == 2 * products
+    assert op.work(2**20).bytes == op.compulsory_bytes() == 2 * n * 2 * (4 * 32 + 3 * 16)
+    assert not op.stages() and op.over(rule=DELTA).stages()[0].times == DELTA_PASSES
+    with pytest.raises(InputError, match="gentle"):
+        op.over(decay="gentle")

@@ -84,7 +84,7 @@ class Claim:
 
     def dtype(self, default: DType = FP16) -> DType:
         """The number format of the setting."""
-        text = str(self.setting.get("dtype", default.name)).split("/")[0]
+        text = re.split(r"[/ (,+]", str(self.setting.get("dtype", default.name)).strip())[0]
         try:
             return dtype(text)
         except UnknownNameError:

@@ -34,7 +34,9 @@ Evaluator: TypeAlias = Callable[[Claim], Value]
 REPRODUCED, OFF, NOT_MODELLED = "reproduced", "off", "not modelled"
 
 _MODULES: Final[Mapping[str, str]] = {
+    "deltanet": "recurrence",
     "flash_attention_2": "training",
+    "gla": "recurrence",
     "hydragen": "prefix",
     "prefix_grouper": "prefix",
 }

@@ -221,6 +221,10 @@ class LinearRecurrence(ProvedOp):
         state = self.batch * self.num_heads * self.key_dim * self.width_v
         return {self.dtype: products * state * self.len_seq}
 
+    def chunk_squares(self) -> Num:
+        """Sum of c^2 over the chunks of a sequence."""
+        return self._sums().squares
+
     def state_bytes(self) -> Num:
         """The state of all sequences and heads in fp32: what decoding keeps."""
         return self.batch * self.num_heads * self.key_dim * self.width_v * FP32_BYTES
