@@ -119,6 +119,10 @@ def figure_of(
         return _vector_figure(device, tensor_flops)
     if resource == "special":
         return "sm.special_ops_per_clk", device.sm.special_ops_per_clk
+    if resource == "host":
+        links = {link.name for link in device.links}
+        name = "c2c" if "c2c" in links else "pcie"
+        return f"links.{name}.bytes_per_s", device.host_bytes_per_s
     return f"memory.{resource}.bytes_per_s", device.level(resource).bytes_per_s
 
 

@@ -85,7 +85,7 @@ class Op(ABC):
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if "Num" in str(f.type):
-                if type(value) is int and 1 <= value < LIMIT:
+                if type(value) is int and 1 <= value < LIMIT and not f.name.endswith("_frac"):
                     continue  # the common case, kept cheap
                 if value is None and "None" in str(f.type):
                     continue

@@ -188,6 +188,15 @@ _OPS: Final[Mapping[str, Entry]] = {
     "relative_attention": Entry(
         "relative_attention", "RelativeAttention", "attention with learned relative positions"
     ),
+    "hyena": Entry("conv_layer", "Hyena", "Hyena operator: gates and long convolutions"),
+    "orchid": Entry("conv_layer", "Orchid", "gated convolution whose filter is made of its input"),
+    "monarch_mixer": Entry(
+        "conv_layer", "MonarchMixer", "Monarch convolution and block-diagonal feed-forward layer"
+    ),
+    "h3": Entry("h3", "H3", "H3 layer: shift and diagonal state spaces, state passing"),
+    "sgconv": Entry("sgconv", "SGConv", "long convolution with a multi-scale filter"),
+    "multiscale_filter": Entry("sgconv", "MultiscaleFilter", "filters interpolated at many scales"),
+    "tcnca": Entry("tcnca", "Tcnca", "dilated depthwise convolutions, attention in chunks"),
     "expert_exchange": Entry(
         "expert_exchange", "ExpertExchange", "tokens sent to their experts, or back"
     ),

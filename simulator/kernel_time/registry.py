@@ -15,6 +15,7 @@ from simulator.kernel_time import (
     gemm,
     general,
     host_copy,
+    long_conv,
     moe,
     quantised_gemm,
     rnn,
@@ -44,6 +45,7 @@ MODELS: Final[tuple[KernelModel, ...]] = (
     streaming.MODEL,
     conv2d.MODEL,
     host_copy.MODEL,
+    long_conv.MODEL,
     general.MODEL,
 )
 

@@ -31,6 +31,7 @@ from workloads.numeric import Num, maximum, minimum
 from workloads.op import Op
 from workloads.ops.block_pool import BlockPool
 from workloads.ops.embedding import Embedding, EmbeddingBackward
+from workloads.ops.key_scores import StreamedScores
 from workloads.ops.norm import LayerNorm, Norm, RmsNorm
 from workloads.ops.rope import Rope
 from workloads.ops.row_map import RowMap
@@ -183,7 +184,7 @@ def _elements(op: Op) -> Num:
         return op.rows * op.cols
     if isinstance(op, Rope):
         return op.num_tokens * op.num_heads * op.head_dim
-    if isinstance(op, BlockPool):
+    if isinstance(op, (BlockPool, StreamedScores)):
         return op.streamed_elements()
     assert isinstance(op, (Embedding, EmbeddingBackward))
     return op.num_tokens * op.dim
@@ -204,7 +205,17 @@ def labels(op: Op, conditions: Conditions) -> Mapping[str, str]:
 
 MODEL: Final = KernelModel(
     name="streaming",
-    ops=(StreamedOp, RowMap, Softmax, Norm, Rope, Embedding, EmbeddingBackward, BlockPool),
+    ops=(
+        StreamedOp,
+        RowMap,
+        Softmax,
+        Norm,
+        Rope,
+        Embedding,
+        EmbeddingBackward,
+        BlockPool,
+        StreamedScores,
+    ),
     constants=CONSTANTS,
     timing=streaming_seconds,
     labels=labels,

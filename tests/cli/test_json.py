@@ -113,6 +113,17 @@ def test_every_resource_of_every_device_has_a_sourced_figure(
         assert source["source"], (resource, source)
 
 
+@pytest.mark.parametrize(("device_id", "link"), [("a100-sxm4-80gb", "pcie"), ("gh200-96gb", "c2c")])
+def test_the_link_to_the_host_has_a_sourced_figure(
+    device_id: str, link: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = document(capsys, "estimate", "host_copy", "-p", "num_bytes=1G", "-d", device_id)
+    source = found["sources"]["host"]
+    assert source["figure"] == f"links.{link}.bytes_per_s"
+    assert source["value"] == catalog.device(device_id).host_bytes_per_s
+    assert source["source"]
+
+
 def test_params_may_be_written_in_any_of_their_spellings(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

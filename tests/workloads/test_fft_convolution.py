@@ -19,7 +19,11 @@ from workloads.ops.fft_convolution import (
 @st.composite
 def convolutions(draw: st.DrawFn) -> FFTConvolution:
     length = draw(st.integers(1, 70))
+    circular = draw(st.booleans())
+    if circular:
+        length = 2 ** (length % 7)
     return FFTConvolution(
+        circular=circular,
         batch=draw(st.integers(1, 3)),
         channels=draw(st.integers(1, 3)),
         len_seq=length,

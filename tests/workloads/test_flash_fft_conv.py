@@ -18,6 +18,9 @@ H100_BLOCK_BYTES = 227 * 1024
 def convolutions(draw: st.DrawFn) -> tuple[FlashFFTConv, int]:
     """An op of each order, and a fast memory that makes it stream 0, 1, ... outer stages."""
     length = draw(st.integers(1, 150))
+    circular = draw(st.booleans())
+    if circular:
+        length = 2 ** (length % 8)
     order = draw(st.sampled_from([None, 2, 3, 4]))
     op = FlashFFTConv(
         batch=draw(st.integers(1, 3)),
@@ -25,6 +28,7 @@ def convolutions(draw: st.DrawFn) -> tuple[FlashFFTConv, int]:
         len_seq=length,
         len_filter=draw(st.none() | st.integers(1, length)),
         order=order,
+        circular=circular,
         gated=draw(st.booleans()),
         dtype=draw(st.sampled_from([FP16, FP8, FP32])),
     )

@@ -34,11 +34,16 @@ Evaluator: TypeAlias = Callable[[Claim], Value]
 REPRODUCED, OFF, NOT_MODELLED = "reproduced", "off", "not modelled"
 
 _MODULES: Final[Mapping[str, str]] = {
+    "music_transformer": "encoder",
+    "ntk_attention": "encoder",
+    "bytetransformer": "encoder",
     "deltanet": "recurrence",
     "flash_attention_2": "training",
     "gla": "recurrence",
     "hydragen": "prefix",
     "prefix_grouper": "prefix",
+    "shadowkv": "offload",
+    "h2o": "offload",
 }
 """Where the evaluator of each system lives: `evaluate_<id>` of that module of this package."""
 

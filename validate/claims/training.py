@@ -56,7 +56,7 @@ def evaluate_flash_attention_2(claim: Claim) -> Value:
     on = claim.device()
     if "tflops" in quantity:
         backward, kernel = "bwd" in quantity, _kernel(claim)
-        return max(_tflops(s, on, kernel, backward=backward) for s in _sweep(claim))
+        return max(_kernel_rate(s, on, kernel, backward=backward) for s in _sweep(claim))
     if "fraction of peak" in quantity:
         return _peak_share(claim, on)
     if "speedup vs fa1" in quantity:
@@ -169,17 +169,23 @@ def _peak_share(claim: Claim, on: Device) -> float:
     peak = on.matmul_rate_flops_per_s(claim.dtype())[0] / 1e12
     if "fa1" in claim.quantity.casefold():
         return (
-            median(_tflops(s, on, KERNELS["FlashAttention"], backward=False) for s in _sweep(claim))
+            median(
+                _kernel_rate(s, on, KERNELS["FlashAttention"], backward=False)
+                for s in _sweep(claim)
+            )
             / peak
         )
     backward = "bwd" in claim.quantity
     return (
-        max(_tflops(s, on, KERNELS["FlashAttention-2"], backward=backward) for s in _sweep(claim))
+        max(
+            _kernel_rate(s, on, KERNELS["FlashAttention-2"], backward=backward)
+            for s in _sweep(claim)
+        )
         / peak
     )
 
 
-def _tflops(shape: FlashAttention2, on: Device, kernel: str, *, backward: bool) -> float:
+def _kernel_rate(shape: FlashAttention2, on: Device, kernel: str, *, backward: bool) -> float:
     """By the paper's count: 4 N^2 d a head, halved where causal; 2.5 times that backward."""
     pairs = shape.len_q**2 / (2 if shape.causal else 1)
     flops = 4 * shape.batch * shape.num_heads * pairs * shape.head_dim

@@ -267,6 +267,10 @@ class StandardAttention(AttentionOp):
 
     def program(self, machine: Machine, inputs: Arrays) -> Arrays:
         """The programs of the three kernels, one after the other."""
+        return {"o": self.sizes().unpack(self.run(machine, inputs)[0].values)}
+
+    def run(self, machine: Machine, inputs: Arrays) -> tuple[SlowArray, SlowArray]:
+        """O and P as they lie in slow memory, rows packed: [batch kv_heads, len_q group, ...]."""
         s = self.sizes()
         matmul_qk, softmax, matmul_pv = self.kernels
         q = machine.place(s.pack(inputs["q"]), self.dtype)
@@ -286,7 +290,7 @@ class StandardAttention(AttentionOp):
         matmul_qk.run(machine, q, k, scores)
         softmax.run(machine, _flat(scores), _flat(p), scale_and_mask)
         matmul_pv.run(machine, p, v, o)
-        return {"o": s.unpack(o.values)}
+        return o, p
 
 
 def _flat(array: SlowArray) -> SlowArray:

@@ -212,6 +212,15 @@ def add(num_elements: Num, dtype: DType = BF16) -> Elementwise:
     return _named("add", num_elements, dtype)
 
 
+def mul(num_elements: Num, dtype: DType = BF16) -> Elementwise:
+    """y = a b: a gate as a kernel of its own.
+
+    >>> mul(1000).work(2**16).vector_flops
+    1000
+    """
+    return _named("mul", num_elements, dtype)
+
+
 def residual_add(num_elements: Num, dtype: DType = BF16) -> Elementwise:
     """The residual stream's h + f(h) as a kernel of its own, not fused into its neighbours.
 
@@ -346,6 +355,13 @@ FORMULAS: Final[Mapping[str, Formula]] = {
         special_ops=0,
         run=lambda x: (x[0] + x[1],),
         naive=lambda x: (x[0] + x[1],),
+    ),
+    "mul": Formula(
+        num_inputs=2,
+        vector_flops=1,
+        special_ops=0,
+        run=lambda x: (x[0] * x[1],),
+        naive=lambda x: (x[0] * x[1],),
     ),
     "cast": Formula(
         num_inputs=1,

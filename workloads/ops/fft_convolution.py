@@ -24,6 +24,11 @@ two passes every element is multiplied by a twiddle factor (6 flops). A pass nee
 previous one, so each is a launch. Frequencies stay in the order the passes leave them in: the
 product needs no other.
 
+**Circular.** With `circular` the result wraps around after len_seq, a power of two, as where a
+model asks the library for transforms no longer than its input (bidirectional mixers, the
+published benchmark of FlashFFTConv). Nothing can be folded then: every real element takes a
+complex point of its own, m = len_seq, and the twist is left out.
+
 Ignored: the cost of making twiddle factors (tables or sine units; they do occupy fast memory),
 coalescing, and savings on rows that are known to be zero padding.
 """
@@ -66,7 +71,8 @@ Complex: TypeAlias = NDArray[np.complex128]
 class LongConvolution(ProvedOp):
     """Causal convolution of [batch, channels, len_seq] with one filter [len_filter] per channel.
 
-    `len_filter` is `len_seq` unless given. With `gated`, y = v * conv(u * w, k).
+    `len_filter` is `len_seq` unless given. With `gated`, y = v * conv(u * w, k); with `circular`
+    the convolution wraps around instead of starting from zeros.
     """
 
     batch: Num
@@ -74,10 +80,16 @@ class LongConvolution(ProvedOp):
     len_seq: Num
     len_filter: Num | None = None
     gated: bool = False
+    circular: bool = False
     dtype: DType = FP16
 
     def check(self) -> None:
         """The filter is no longer than the sequence; the format fits into fp32 transforms."""
+        if self.circular and any_true(power_of_two(ceil_log2(self.len_seq)) != self.len_seq):
+            raise InputError(
+                f"{self.name}: a circular convolution needs a power of two as len_seq; "
+                "pad it, or leave circular out"
+            )
         if self.dtype.bytes_per_element > FP32.bytes_per_element:
             raise InputError(f"{self.name}: dtype {self.dtype} is wider than its fp32 transforms")
         if self.len_filter is not None and any_true(self.len_filter > self.len_seq):
@@ -99,11 +111,16 @@ class LongConvolution(ProvedOp):
     @property
     def log2_points(self) -> Num:
         """log2 of `num_points`."""
+        if self.circular:
+            return ceil_log2(self.len_seq)
         return maximum(ceil_log2(self.len_seq + self.filter_len - 1), 1) - 1
 
     @property
     def num_points(self) -> Num:
-        """Complex points m of a transform: half the padded real length n, and at least 1."""
+        """Complex points m of a transform: half the padded real length n, and at least 1.
+
+        All of len_seq for a circular one.
+        """
         return power_of_two(self.log2_points)
 
     @property
@@ -127,11 +144,14 @@ class LongConvolution(ProvedOp):
         return made
 
     def reference(self, inputs: Arrays) -> Arrays:
-        """Sums over taps, row by row, by `np.convolve`."""
+        """Sums over taps, row by row, by `np.convolve`; what passes the end is added in front."""
         u = inputs["u"] * inputs["w"] if self.gated else inputs["u"]
-        y = np.empty_like(u)
+        length, y = u.shape[2], np.empty_like(u)
         for i, c in np.ndindex(u.shape[:2]):
-            y[i, c] = np.convolve(u[i, c], inputs["k"][c])[: u.shape[2]]
+            full = np.convolve(u[i, c], inputs["k"][c])
+            y[i, c] = full[:length]
+            if self.circular:
+                y[i, c, : len(full) - length] += full[length:]
         return {"y": y * inputs["v"] if self.gated else y}
 
 
@@ -148,7 +168,9 @@ class FFTConvolution(LongConvolution):
         flops  = (2 R + channels) (5 m log2 m + 6 m P) + 6 m R           gated: + 2 L R
         launches = 3 P + 2                                               gated: + 2
 
-    The 6 m P are the twiddle products between passes and one twist at the folded end.
+    The 6 m P are the twiddle products between passes and one twist at the folded end. Circular
+    transforms have no twist: 6 m (P - 1), 2 m more for the 1 / m of each inverse one, which
+    writes 4 m bytes less.
 
     >>> op = FFTConvolution(batch=1, channels=1, len_seq=1024)
     >>> op.num_points, op.work(2**17).vector_flops == 3 * 5 * 1024 * 10 + 4 * 6 * 1024
@@ -180,19 +202,22 @@ class FFTConvolution(LongConvolution):
         tiles = self.tiling(fast_bytes)
         m, passes = tiles["num_points"], tiles["num_passes"]
         plane, taps = COMPLEX64.bytes_per_element * m, 4 * self.channels * self.filter_len
-        transform = 5 * m * self.log2_points + 6 * m * passes
+        wraps = int(self.circular)
+        transform = 5 * m * self.log2_points + 6 * m * (passes - wraps)
         u, gates = self.sequence_bytes, int(self.gated)
         cropped = self.rows * self.len_seq * FP32.bytes_per_element
         spectra = self.channels * plane * passes
         return Work(
             vector_flops=(2 * self.rows + self.channels) * transform
-            + self.rows * (6 * m + 2 * gates * self.len_seq),
+            + self.rows * ((6 + 2 * wraps) * m + 2 * gates * self.len_seq),
             read_bytes=u * (1 + 4 * gates)
             + self.rows * plane * 2 * passes
             + cropped
             + taps
             + spectra,
-            write_bytes=u * (1 + 2 * gates) + self.rows * plane * (2 * passes + 1) + spectra,
+            write_bytes=u * (1 + 2 * gates)
+            + self.rows * plane * (2 * passes + 1 - wraps / 2)
+            + spectra,
             launches=3 * passes + 2 + 2 * gates,
         )
 
@@ -221,7 +246,7 @@ class FFTConvolution(LongConvolution):
         _forward(machine, steps, u, rows)
         _forward(machine, steps, slow["k"], filters)
         _product(machine, spectra, filters)
-        real = machine.empty((batch * channels, 2 * m), FP32)
+        real = machine.empty((batch * channels, m if self.circular else 2 * m), FP32)
         _inverse(machine, steps, rows, real)
         y = machine.empty((batch * channels, length), self.dtype)
         _crop(machine, real, y)
@@ -235,7 +260,7 @@ class FFTConvolution(LongConvolution):
         sizes = [2 ** (q // passes + (i < q % passes)) for i in range(passes)]
         rest = [int(np.prod(sizes[i + 1 :], dtype=np.int64)) for i in range(passes)]
         return [
-            _Pass(2**q // (size * after), size, after)
+            _Pass(2**q // (size * after), size, after, folded=not self.circular)
             for size, after in zip(sizes, rest, strict=True)
         ]
 
@@ -247,6 +272,7 @@ class _Pass:
     before: int
     size: int
     after: int
+    folded: bool = True
 
     def blocks(self, fast_bytes: float) -> list[tuple[int, slice]]:
         """(index before, slice of the columns after) of what fast memory takes at a time."""
@@ -278,7 +304,8 @@ def _forward(mc: Machine, steps: list[_Pass], real: SlowArray, target: SlowArray
                     view = target.values[row].reshape(step.before, step.size, step.after)
                     if index == 0:
                         tile = _fold(mc, real, row, step.places(part), target.values.shape[-1])
-                        _scale(mc, tile, step.twist(part))
+                        if step.folded:
+                            _scale(mc, tile, step.twist(part))
                     else:
                         tile = mc.load(SlowArray(view, COMPLEX64), (b, slice(None), part))
                     _butterflies(mc, tile)
@@ -303,8 +330,12 @@ def _inverse(mc: Machine, steps: list[_Pass], source: SlowArray, real: SlowArray
                     if index:
                         mc.store(tile, slow, (b, slice(None), part))
                         continue
-                    _scale(mc, tile, step.twist(part).conj() / m)
-                    _unfold(mc, tile, real, row, step.places(part))
+                    if step.folded:
+                        _scale(mc, tile, step.twist(part).conj() / m)
+                        _unfold(mc, tile, real, row, step.places(part))
+                    else:
+                        mc.vector(tile.values / m, per_element=2, into=tile)
+                        mc.store(mc.hold(tile.values.real, FP32), real, (row, step.places(part)))
 
 
 def _each(mc: Machine, step: _Pass, target: SlowArray) -> list[tuple[int, tuple[int, slice]]]:

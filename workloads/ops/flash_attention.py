@@ -29,7 +29,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 
 from hwmodels.dtypes import FP32
-from workloads.machine import Machine, SlowArray, Tile
+from workloads.machine import Machine, SlowArray, Tile, Values, slices
 from workloads.numeric import (
     Num,
     any_true,
@@ -51,6 +51,8 @@ GRANULE = 64
 """Rows or keys of the streamed block, and the step of the resident one: one wgmma tile."""
 
 FP32_BYTES = FP32.bits // 8
+MASKED_SCORE = -1e300
+"""Finite, so that a row which has seen no key yet keeps numbers; the first key wipes them out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +131,7 @@ class FlashAttention2(AttentionOp):
         return minimum(br, self.len_q), bc
 
     def work(self, fast_bytes: Num) -> Work:
-        """With the sums of `_QuerySums` over query blocks, per K and V head and G heads:
+        """With the sums of `QuerySums` over query blocks, per K and V head and G heads:
 
             reads   G len_q d e + ceil(G / heads) cols (d + dv) e
             writes  G len_q (dv e + 4)
@@ -145,7 +147,7 @@ class FlashAttention2(AttentionOp):
         True
         """
         tiles = self.tiling(fast_bytes)
-        sums = _query_sums(self, tiles["br"], tiles["bc"])
+        sums = self.query_sums(tiles["br"], tiles["bc"])
         d, dv, len_q, group = self.head_dim, self.value_dim, self.len_q, self.heads_per_kv
         e, streams = self.dtype.bytes_per_element, self.batch * self.kv_heads
         passes = ceil_div(group, tiles["heads"])
@@ -190,22 +192,18 @@ class FlashAttention2(AttentionOp):
     ) -> None:
         """One tile of packed rows of one stream, over all the key blocks it sees."""
         q, k, v, o, lse = arrays
-        num_rows, bc = rows.stop - rows.start, tiles["bc"]
+        num_rows = rows.stop - rows.start
         query = mc.load(q, (stream, rows))
         out = mc.full((num_rows, s.dv), 0.0)
         top, total = mc.full((num_rows, 1), -np.inf), mc.full((num_rows, 1), 0.0)
-        # The block's positions, whichever of their heads this tile holds.
-        first = rows.start // s.group + s.len_kv - s.len_q
-        last = (rows.stop - 1) // s.group + s.len_kv - s.len_q
-        for start in range(0, last + 1 if self.causal else s.len_kv, bc):
-            cols = slice(start, min(start + bc, s.len_kv))
+        for cols, seen in self.key_blocks(s, tiles, rows):
             with mc.scope():
                 key, value = mc.load(k, (stream, cols)), mc.load(v, (stream, cols))
                 with transposed(key):
                     scores = mc.matmul(query, key, self.dtype)
                 mc.vector(scores.values * s.scale, into=scores)
-                if self.causal and start + bc > first + 1:
-                    masked = np.where(s.visible(rows, cols), scores.values, -np.inf)
+                if seen is not None:
+                    masked = np.where(seen, scores.values, MASKED_SCORE)
                     mc.vector(masked, per_element=MASK_FLOPS, into=scores)
                 online_update(mc, scores, top, total, carried=out)
                 mc.matmul(scores, value, self.dtype, into=out)
@@ -216,8 +214,25 @@ class FlashAttention2(AttentionOp):
         mc.store(out, o, (stream, rows))
         mc.store(top, lse, (stream, rows))
 
+    def key_blocks(
+        self, s: Sizes, tiles: Mapping[str, int], rows: slice
+    ) -> Iterator[tuple[slice, Values | None]]:
+        """The key blocks that a tile of packed rows visits, each with its mask where it has one."""
+        # The block's positions, whichever of their heads this tile holds.
+        first = rows.start // s.group + s.len_kv - s.len_q
+        last = (rows.stop - 1) // s.group + s.len_kv - s.len_q
+        for cols in slices(s.len_kv, tiles["bc"]):
+            if self.causal and cols.start > last:
+                return
+            crossed = self.causal and cols.start + tiles["bc"] > first + 1
+            yield cols, s.visible(rows, cols) if crossed else None
 
-class _QuerySums(NamedTuple):
+    def query_sums(self, br: Num, bc: Num) -> QuerySums:
+        """What the query blocks read and compute, with the blocks of `key_blocks`."""
+        return _query_sums(self, br, bc)
+
+
+class QuerySums(NamedTuple):
     """Sums over the query blocks of one head; block i has len_i positions and reads keys 0..c_i.
 
     `cols`: sum of c_i. `area`: sum of len_i c_i. `steps`: sum of len_i times key blocks.
@@ -230,7 +245,7 @@ class _QuerySums(NamedTuple):
     masked: Num
 
 
-def _query_sums(op: AttentionOp, br: Num, bc: Num) -> _QuerySums:
+def _query_sums(op: AttentionOp, br: Num, bc: Num) -> QuerySums:
     """Closed forms; br divides bc or bc divides br, or one block holds all queries.
 
     Causal, with off = len_kv - len_q, n = ceil(len_q / br) and i = 1 .. n - 1 (the last block is
@@ -239,7 +254,7 @@ def _query_sums(op: AttentionOp, br: Num, bc: Num) -> _QuerySums:
     len_q, len_kv = op.len_q, op.len_keys
     num_blocks, num_key_blocks = ceil_div(len_q, br), ceil_div(len_kv, bc)
     if not op.causal:
-        return _QuerySums(num_blocks * len_kv, len_q * len_kv, len_q * num_key_blocks, 0)
+        return QuerySums(num_blocks * len_kv, len_q * len_kv, len_q * num_key_blocks, 0)
     off, head = len_kv - len_q, num_blocks - 1
     last_len = len_q - head * br
     head_blocks = ceil_sum(off + br, br, head, bc)
@@ -249,7 +264,7 @@ def _query_sums(op: AttentionOp, br: Num, bc: Num) -> _QuerySums:
     # floor((x + 1) / bc) = ceil((x + 2) / bc) - 1 key blocks lie wholly before position x's end.
     head_clear = ceil_sum(off + 2, br, head, bc) - head
     last_clear = (off + head * br + 1) // bc
-    return _QuerySums(
+    return QuerySums(
         cols=head_cols + len_kv,
         area=br * head_cols + last_len * len_kv,
         steps=br * head_blocks + last_len * num_key_blocks,

@@ -116,7 +116,7 @@ class FlashAttention2Backward(AttentionOp):
         return side
 
     def work(self, fast_bytes: Num) -> Work:
-        """With the sums of `_KeySums` over key blocks, per K and V head and G heads:
+        """With the sums of `KeySums` over key blocks, per K and V head and G heads:
 
             main     reads  len_kv (d + dv) e + G rows ((d + dv) e + 8)
                      writes len_kv (d + dv) e + G rows 4 d
@@ -132,7 +132,7 @@ class FlashAttention2Backward(AttentionOp):
         (True, 3)
         """
         tiles = self.tiling(fast_bytes)
-        sums = _key_sums(self, tiles["br"], tiles["bc"])
+        sums = key_sums(self, tiles["br"], tiles["bc"])
         d, dv, e = self.head_dim, self.value_dim, self.dtype.bytes_per_element
         streams = self.batch * self.kv_heads
         rows, kv_bytes = streams * self.heads_per_kv, self.kv_elements() * e
@@ -280,7 +280,7 @@ class FlashAttention2Backward(AttentionOp):
                 mc.store(dq, a["dq"], index)
 
 
-class _KeySums(NamedTuple):
+class KeySums(NamedTuple):
     """Sums over the key blocks of one head; block j has len_j keys and meets positions r_j ...
 
     `rows`: sum of the positions met. `area`: sum of len_j times them. `masked`: the part of
@@ -292,7 +292,7 @@ class _KeySums(NamedTuple):
     masked: Num
 
 
-def _key_sums(op: AttentionOp, br: Num, bc: Num) -> _KeySums:
+def key_sums(op: AttentionOp, br: Num, bc: Num) -> KeySums:
     """Closed forms; br divides bc, or one block holds all keys.
 
     Causal, with off = len_kv - len_q, block j starts at position r_j = br floor((j bc - off)+ / br)
@@ -302,7 +302,7 @@ def _key_sums(op: AttentionOp, br: Num, bc: Num) -> _KeySums:
     len_q, len_kv = op.len_q, op.len_keys
     num_blocks = ceil_div(len_kv, bc)
     if not op.causal:
-        return _KeySums(num_blocks * len_q, len_q * len_kv, 0)
+        return KeySums(num_blocks * len_q, len_q * len_kv, 0)
     off, head = len_kv - len_q, num_blocks - 1
     last_len = len_kv - head * bc
     first = off // bc + 1  # the first block that starts past position 0, if any does
@@ -317,7 +317,7 @@ def _key_sums(op: AttentionOp, br: Num, bc: Num) -> _KeySums:
     last_but_one = ceil_div(maximum(head * bc - 1 - off, 0), br) * br
     ends = ends - maximum(last_but_one - len_q, 0)
     last_end = minimum(ceil_div(len_q - 1, br) * br, len_q)
-    return _KeySums(
+    return KeySums(
         rows=rows,
         area=bc * (rows - last_rows) + last_len * last_rows,
         masked=bc * (ends - (starts - last_start)) + last_len * (last_end - last_start),

@@ -198,7 +198,7 @@ class FlashFFTConv(LongConvolution):
         m, outer = tiles["num_points"], tiles["num_outer"]
         point = complex_format(self.dtype)
         factored = monarch_stages(self.log2_points, tiles["order"])
-        stages = tables_in_slow_memory(machine, factored, point)
+        stages = tables_in_slow_memory(machine, factored, point, folded=not self.circular)
         flat = {
             key: machine.place(inputs[key].reshape(-1, length), self.dtype)
             for key in ("u", "v", "w")

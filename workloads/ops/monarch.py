@@ -224,7 +224,7 @@ class MonarchRun:
 
 
 def tables_in_slow_memory(
-    mc: Machine, stages: Sequence[tuple[Num, Num]], point: DType
+    mc: Machine, stages: Sequence[tuple[Num, Num]], point: DType, *, folded: bool = True
 ) -> list[Stage]:
     """DFT matrices and twiddles of every stage; the fold's twist is in the first one's."""
     placed = []
@@ -233,7 +233,7 @@ def tables_in_slow_memory(
         k, r = np.arange(n)[:, None], np.arange(after)
         matrix = np.exp(-2j * np.pi * k * np.arange(n) / n)
         twiddle = np.exp(-2j * np.pi * k * r / (n * after))
-        if i == 0:
+        if i == 0 and folded:
             matrix = matrix * np.exp(0.5j * np.pi * np.arange(n) / n)
             twiddle = twiddle * np.exp(0.5j * np.pi * r / (n * after))
         placed.append(

@@ -12,10 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+
 from hwmodels.dtypes import BF16, DType
 from hwmodels.errors import InputError
+from workloads.machine import Machine, SlowArray, Tile, Values, slices
 from workloads.numeric import Num, any_true
-from workloads.op import Op
+from workloads.op import Arrays, ProvedOp
 from workloads.work import Work
 
 ACTIVATION_SPECIAL_OPS = 2
@@ -24,7 +27,7 @@ ACTIVATION_FLOPS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShortConv(Op):
+class ShortConv(ProvedOp):
     """Depthwise causal convolution of x[batch, len_seq, channels] by w[channels, width].
 
     With `update` it makes one step (len_seq = 1) and reads and writes a state of width - 1 earlier
@@ -81,3 +84,74 @@ class ShortConv(Op):
         """x, y and the filter once; the states read and written."""
         e = self.dtype.bytes_per_element
         return (2 * self.elements() + self.channels * self.width) * e + 2 * self.state_bytes()
+
+    # ---- the program -------------------------------------------------------------------------
+
+    def inputs(self, rng: np.random.Generator) -> Arrays:
+        """x[batch, len_seq, channels], w[channels, width], and the state of an update."""
+        batch, channels, width = int(self.batch), int(self.channels), int(self.width)
+        made = {
+            "x": rng.standard_normal((batch, int(self.len_seq), channels)),
+            "w": rng.standard_normal((channels, width)),
+        }
+        if self.update:
+            made["state"] = rng.standard_normal((batch, channels, width - 1))
+        return made
+
+    def reference(self, inputs: Arrays) -> Arrays:
+        """Tap by tap over the input behind its history; the last width - 1 elements are left."""
+        x, taps = inputs["x"].swapaxes(1, 2), inputs["w"]
+        width, length = taps.shape[1], x.shape[2]
+        before = inputs["state"] if self.update else np.zeros((*x.shape[:2], width - 1))
+        padded = np.concatenate([before, x], axis=2)
+        y = np.zeros_like(x)
+        for j in range(width):
+            y += taps[:, j, None] * padded[:, :, width - 1 - j : width - 1 - j + length]
+        if self.activation:
+            y = y / (1 + np.exp(-y))
+        out = {"y": y.swapaxes(1, 2)}
+        return out | ({"state": padded[:, :, length:]} if self.update else {})
+
+    def program(self, machine: Machine, inputs: Arrays) -> Arrays:
+        """Channel by channel, its taps read once; the history stays beside the piece."""
+        slow = {key: machine.place(value, self.dtype) for key, value in inputs.items()}
+        y = machine.empty(inputs["x"].shape, self.dtype)
+        with machine.kernel():
+            for c in range(int(self.channels)):
+                with machine.scope():
+                    taps = machine.load(slow["w"], c)
+                    for b in range(int(self.batch)):
+                        with machine.scope():
+                            self._row(machine, slow, y, taps, (b, c))
+        return {"y": y.values} | ({"state": slow["state"].values} if self.update else {})
+
+    def _row(
+        self, mc: Machine, slow: dict[str, SlowArray], y: SlowArray, taps: Tile, at: tuple[int, int]
+    ) -> None:
+        """One channel of one sequence."""
+        (b, c), width = at, int(self.width)
+        e = self.dtype.bytes_per_element
+        if self.update:
+            history = mc.load(slow["state"], (b, c))
+        else:
+            history = mc.hold(np.zeros(width - 1), self.dtype)
+        step = max(int((mc.fast_bytes - mc.used_bytes) // (e + 4)), 1)
+        for part in slices(int(self.len_seq), step):
+            with mc.scope():
+                piece = mc.load(slow["x"], (b, part, c))
+                window = np.concatenate([history.values, piece.values])
+                sums = _taps_over(window, taps.values)
+                out = mc.vector(sums, per_element=2 * width)
+                if self.activation:
+                    gate = 1 / (1 + np.exp(-out.values))
+                    mc.special(out.values, per_element=ACTIVATION_SPECIAL_OPS, into=out)
+                    mc.vector(out.values * gate, per_element=ACTIVATION_FLOPS, into=out)
+                mc.store(out, y, (b, part, c))
+            history.values[...] = window[len(window) - width + 1 :]
+        if self.update:
+            mc.store(history, slow["state"], (b, c))
+
+
+def _taps_over(window: Values, taps: Values) -> Values:
+    """sum_j w[j] x[t - j] for every t behind the first width - 1 elements."""
+    return np.asarray(np.convolve(window, taps, mode="valid"))
