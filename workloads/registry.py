@@ -68,6 +68,22 @@ _OPS: Final[Mapping[str, Entry]] = {
     "attention": Entry(
         "attention", "StandardAttention", "attention that writes its scores to memory"
     ),
+    "attention_backward": Entry(
+        "attention_backward", "StandardAttentionBackward", "its backward pass, scores kept"
+    ),
+    "softmax_backward": Entry("softmax_backward", "SoftmaxBackward", "row-wise softmax, backward"),
+    "flash_attention": Entry(
+        "flash_attention_1", "FlashAttention1", "fused attention, keys in the outer loop, forward"
+    ),
+    "flash_attention_backward": Entry(
+        "flash_attention_1", "FlashAttention1Backward", "the same, backward"
+    ),
+    "block_sparse_attention": Entry(
+        "block_sparse_attention", "BlockSparseAttention", "fused attention under a block mask"
+    ),
+    "block_sparse_attention_backward": Entry(
+        "block_sparse_attention", "BlockSparseAttentionBackward", "the same, backward"
+    ),
     "flash_attention_2": Entry("flash_attention", "FlashAttention2", "fused attention, forward"),
     "flash_attention_2_backward": Entry(
         "flash_attention_backward", "FlashAttention2Backward", "fused attention, backward"
@@ -134,6 +150,9 @@ _OPS: Final[Mapping[str, Entry]] = {
     "heavy_hitter_prefill": Entry(
         "heavy_hitter", "HeavyHitterPrefill", "a prompt's attention, and which tokens it keeps"
     ),
+    "compressed_attention": Entry(
+        "compressed_cache", "CompressedAttention", "decoding over a compressed cache"
+    ),
     "moe_ffn": Entry("moe_ffn", "MoeFfn", "routed experts of one rank, forward"),
     "embedding": Entry("embedding", "Embedding", "table lookup, forward"),
     "row_map": Entry("row_map", "RowMap", "pointwise map, a thread block a row"),
@@ -197,6 +216,21 @@ _OPS: Final[Mapping[str, Entry]] = {
     "sgconv": Entry("sgconv", "SGConv", "long convolution with a multi-scale filter"),
     "multiscale_filter": Entry("sgconv", "MultiscaleFilter", "filters interpolated at many scales"),
     "tcnca": Entry("tcnca", "Tcnca", "dilated depthwise convolutions, attention in chunks"),
+    "windowed_attention": Entry(
+        "windowed_attention", "WindowedAttention", "attention to first keys and a window of last"
+    ),
+    "head_span_attention": Entry(
+        "span_mixture", "HeadSpanAttention", "windowed attention with a span for each head"
+    ),
+    "layer_span_attention": Entry(
+        "span_mixture", "LayerSpanAttention", "full attention in some layers, a span in others"
+    ),
+    "shifted_group_attention": Entry(
+        "shifted_groups", "ShiftedGroupAttention", "attention in groups, half of the heads shifted"
+    ),
+    "shifted_group_attention_backward": Entry(
+        "shifted_groups", "ShiftedGroupAttentionBackward", "the same, backward"
+    ),
     "expert_exchange": Entry(
         "expert_exchange", "ExpertExchange", "tokens sent to their experts, or back"
     ),

@@ -5,7 +5,7 @@
     t_l2      = bytes across the SM boundary / (l2 S f)
     t_hbm     = dram(bytes across the chip boundary)
     T         = launch launches + product [F] + fused [F and X]
-              + overlap(t_compute W, t_special W, t_l2 W, t_hbm)
+              + overlap(t_compute W, t_special W, t_l2 W, t_hbm, t_host)
 
 A kernel with matrix products fills a pipeline first, and one that has special functions between
 its products (attention, gated recurrences) waits for one with the other: `product` and `fused`
@@ -20,12 +20,14 @@ from __future__ import annotations
 
 from typing import Final
 
+import numpy as np
+
 from hwmodels.errors import InputError, UnsupportedError
 from simulator.kernel_time.constants import Constant
 from simulator.kernel_time.model import COLD, Conditions, Constants, KernelModel, KernelTime
 from simulator.kernel_time.rates import Rates
-from simulator.kernel_time.terms import cold_frac, dram_seconds, overlap, smaller, waves
-from workloads.numeric import Num
+from simulator.kernel_time.terms import cold_frac, dram_seconds, overlap, real, smaller, waves
+from workloads.numeric import Num, any_true
 from workloads.op import Op
 from workloads.work import Work
 
@@ -89,8 +91,19 @@ def general_seconds(
     with_special = needed.special_ops / (needed.special_ops + SPECIAL_OPS)
     pipeline = with_products * (c["product_s"] + c["fused_s"] * with_special)
     launch = c["launch_s"] * chip_work.launches + pipeline
+    host = _over_the_host_link(chip_work, rates)
     terms = {"launch": launch, "compute": compute, "special": special, "l2": l2, "hbm": hbm}
-    return KernelTime(launch + overlap(compute, special, l2, hbm), terms)
+    busy = overlap(compute, special, l2, hbm, host)
+    return KernelTime(launch + busy, terms | {"host": host})
+
+
+def _over_the_host_link(work: Work, rates: Rates) -> Num:
+    """Seconds of what crosses the link to the host, at its wire rate."""
+    if not any_true(np.greater(work.host_bytes, 0)):
+        return 0.0
+    if not any_true(real(rates.host_bytes_per_s) > 0):
+        raise UnsupportedError(f"{rates.device.id} states no link to the host's memory")
+    return work.host_bytes / rates.host_bytes_per_s
 
 
 def _work(op: Op, fast_bytes: float) -> Work:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -252,7 +253,7 @@ def test_every_op_estimates_or_says_why_not(device: Device) -> None:
             except UnsupportedError as error:
                 assert device.id in str(error)
                 assert "\n" not in str(error)
-                assert "memory level" in str(error) or f"no {dtype} rate" in str(error)
+                assert re.search(r"memory level|no \w+ rate|no link", str(error))
                 continue
             except InputError as error:
                 assert "fast memory" in str(error), f"{name}: {error}"

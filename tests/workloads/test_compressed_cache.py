@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from hwmodels.dtypes import BF16, FP32
-from hwmodels.errors import InputError
 from tests.workloads.proof import assert_proved, proves
 from tests.workloads.test_selection import fits
 from workloads.ops.cache_segment import KNOWN_BITS, Coding, Segment
+from workloads.ops.compressed_cache import CompressedAttention
 from workloads.ops.restoring_attention import RestoringAttention
 
 memories = st.floats(10, 15).map(lambda exponent: int(2**exponent))
@@ -67,6 +66,53 @@ def restoring(draw: st.DrawFn) -> RestoringAttention:
 @given(op=restoring(), fast_bytes=memories)
 def test_restoring_attention_counts_what_the_closed_form_says(
     op: RestoringAttention, fast_bytes: int
+) -> None:
+    assume(fits(op, fast_bytes))
+    assert_proved(op, fast_bytes)
+
+
+def schemes(draw: st.DrawFn) -> dict[str, object]:
+    """Fields of a random scheme: any mixture of the published ideas."""
+    joined, cached = draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    length, d = draw(st.integers(2, 40)), draw(st.integers(1, 10))
+    buffer = draw(st.sampled_from([None, 1, 3, length]))
+    generated = draw(st.integers(1, length - 1)) if buffer and draw(st.booleans()) else None
+    bits = st.sampled_from(KNOWN_BITS)
+    return {
+        "batch": draw(st.integers(1, 2)),
+        "num_heads": joined * cached * draw(st.integers(1, 3)),
+        "num_kv_heads": joined * cached,
+        "heads_joined": joined,
+        "len_kv": length,
+        "head_dim": d,
+        "key_bits": draw(bits),
+        "value_bits": draw(bits),
+        "group_size": draw(st.sampled_from([None, 2, 5])),
+        "keys_per_channel": draw(st.booleans()),
+        "zero_point": draw(st.booleans()),
+        "scale_bits": draw(st.sampled_from([8, 16])),
+        "full_frac": draw(st.sampled_from([0.0, 0.25, 1.0])),
+        "len_buffer": buffer,
+        "len_generated": generated,
+        "rank": draw(st.sampled_from([None, 1, 4])),
+        "rank_generated": draw(st.sampled_from([None, 2])),
+        "outlier_frac": draw(fractions),
+        "pruned_frac": draw(st.sampled_from([0.0, 0.4])),
+        "key_frac": draw(st.sampled_from([1.0, 0.5])),
+        "value_frac": draw(st.sampled_from([1.0, 0.3])),
+        "absorbed": draw(st.booleans()),
+    }
+
+
+@st.composite
+def compressed(draw: st.DrawFn) -> CompressedAttention:
+    return CompressedAttention(**schemes(draw))  # type: ignore[arg-type]
+
+
+@proves("compressed_attention")
+@given(op=compressed(), fast_bytes=memories)
+def test_compressed_attention_counts_what_the_closed_form_says(
+    op: CompressedAttention, fast_bytes: int
 ) -> None:
     assume(fits(op, fast_bytes))
     assert_proved(op, fast_bytes)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -11,7 +9,6 @@ from hwmodels.dtypes import BF16, FP32
 from hwmodels.errors import InputError
 from tests.workloads.proof import assert_proved, proves
 from workloads.op import Op
-from workloads.ops.flash_attention import FlashAttention2
 from workloads.ops.shifted_groups import ShiftedGroupAttention, ShiftedGroupAttentionBackward
 from workloads.ops.span_mixture import HeadSpanAttention, LayerSpanAttention
 from workloads.ops.windowed_attention import WindowedAttention

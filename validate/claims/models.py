@@ -43,6 +43,7 @@ _LLAMA3_8B = _llama("llama-3-8b", 32, 4096, 32, 8, 14336, 128256)
 MODELS: Final[Mapping[str, TransformerConfig]] = {
     # meta-llama, lmsys and codellama configs on huggingface.co
     "llama-2-7b": _LLAMA_7B, "llama2-7b": _LLAMA_7B, "vicuna-7b": _LLAMA_7B, "llama-7b": _LLAMA_7B,
+    "llama-2-7b-32k": _LLAMA_7B,  # togethercomputer: longer positions, same sizes
     "llama-2-13b": _LLAMA_13B, "llama2-13b": _LLAMA_13B, "vicuna-13b": _LLAMA_13B,
     "codellama-7b": _LLAMA_7B, "codellama-13b": _LLAMA_13B,
     "codellama-34b": _llama("codellama-34b", 48, 8192, 64, 8, 22016),
@@ -53,6 +54,8 @@ MODELS: Final[Mapping[str, TransformerConfig]] = {
     # 01-ai/Yi-9B-200K: depth-upscaled Yi-6B
     "yi-9b-200k": _llama("yi-9b-200k", 48, 4096, 32, 4, 11008, 64000),
     "mistral-7b": _llama("mistral-7b", 32, 4096, 32, 8, 14336),
+    # Qwen/Qwen2-7B (its query, key and value biases left out)
+    "qwen2-7b": _llama("qwen2-7b", 28, 3584, 28, 4, 18944, 152064),
     # facebook/opt configs
     "opt-6.7b": _gpt("opt-6.7b", 32, 4096, 32), "opt-30b": _gpt("opt-30b", 48, 7168, 56),
     # Brown et al. 2020 (arXiv 2005.14165), table 2.1

@@ -33,7 +33,7 @@ import numpy as np
 from hwmodels.dtypes import BF16, DType
 from hwmodels.errors import InputError
 from workloads.machine import Machine, Values
-from workloads.numeric import Condition, Num, any_true, floor, maximum
+from workloads.numeric import Condition, Num, any_true, floor, maximum, minimum
 from workloads.op import Arrays, Op, Stage
 from workloads.ops.cache_segment import KNOWN_BITS, Coding, Segment, share
 from workloads.ops.matmul import BatchedMatmul
@@ -96,8 +96,6 @@ class CompressedCacheOp(Op):
                     f"{self.name}: len_generated needs len_buffer, the tokens compressed at a time"
                 )
             self._require(self.len_generated < self.len_kv, "len_generated", "below len_kv")
-        elif self.len_buffer is not None:
-            self._require(self.len_buffer <= self.len_kv, "len_buffer", "at most len_kv")
 
     def _require(self, good: Condition, field: str, rule: str) -> None:
         if any_true(np.logical_not(good)):
@@ -149,7 +147,7 @@ class CompressedCacheOp(Op):
         if self.len_buffer is None:
             return 0 * self.len_kv
         if self.len_generated is None:
-            return self.len_buffer
+            return minimum(self.len_buffer, self.len_kv)
         return self.len_generated % self.len_buffer
 
     @property
@@ -209,9 +207,11 @@ class CompressedCacheOp(Op):
         if self.len_generated is not None:
             found.append(self.coded(self._len_block, self.num_blocks, self.block_rank))
         if self.len_buffer is not None or any_true(np.not_equal(self.full_frac, 0)):
-            whole = self.len_full + self.len_whole
-            widths = {"key_width": self.key_width, "value_width": self.value_width}
-            found.append(Segment(tokens=whole, **widths))
+            whole = Segment(
+                tokens=self.len_full + self.len_whole,
+                key_width=self.key_width, value_width=self.value_width,
+            )  # fmt: skip
+            found.append(whole)
         return tuple(found)
 
     def cache_bytes(self) -> Num:
@@ -233,11 +233,11 @@ class CompressedCacheOp(Op):
         count: Num = 0 * self.len_kv
         for s in self.segments():
             for coding, width in ((s.key, s.key_width), (s.value, s.value_width)):
-                count = count + s.num * s.tokens * width * minimum_of_one(coding.flops())
+                count = count + s.num * s.tokens * width * _some(coding.flops())
         return self.cache_heads * count
 
 
-def minimum_of_one(flops: Num) -> Num:
+def _some(flops: Num) -> Num:
     """1 where anything is to be done, else 0."""
     return np.sign(flops) if isinstance(flops, np.ndarray) else int(flops > 0)
 
@@ -264,7 +264,7 @@ class CompressedAttention(CompressedCacheOp, ProvedStagedOp):
         return RestoringAttention(
             batch=self.batch, num_heads=self.num_heads, num_kv_heads=self.cache_heads,
             len_kv=self.len_kv, head_dim=self.key_width, head_dim_v=self.value_width,
-            segments=self.segments(), dtype=self.dtype,
+            scale_dim=self.head_dim, segments=self.segments(), dtype=self.dtype,
         )  # fmt: skip
 
     def _turn(self, *, back: bool) -> BatchedMatmul:

@@ -49,6 +49,8 @@ EVERY: Final = slice(None)
 class RestoringAttention(DecodeAttention, ProvedOp):
     """q[batch, num_heads, head_dim] over `segments`; head_dim is the width of unpruned keys.
 
+    Scores are scaled by 1 / sqrt(`scale_dim`), which follows head_dim.
+
     >>> from workloads.ops.cache_segment import Coding
     >>> codes = Coding(bits=4)
     >>> run = Segment(tokens=100, key_width=64, value_width=64, key=codes, value=codes)
@@ -59,6 +61,7 @@ class RestoringAttention(DecodeAttention, ProvedOp):
 
     name: ClassVar[str] = "restoring_attention"
     segments: tuple[Segment, ...] = field(default=())
+    scale_dim: Num | None = None
 
     def check(self) -> None:
         """Heads that divide, and no field of the parent that says nothing here."""
@@ -164,8 +167,8 @@ class RestoringAttention(DecodeAttention, ProvedOp):
 
     @property
     def scale(self) -> float:
-        """1 / sqrt of the width of a query."""
-        return float(1 / np.sqrt(self.key_dim))
+        """1 / sqrt(scale_dim)."""
+        return float(1 / np.sqrt(self.key_dim if self.scale_dim is None else self.scale_dim))
 
     def program(self, machine: Machine, inputs: Arrays) -> Arrays:
         """One kernel: each stream's heads walk through all segments."""

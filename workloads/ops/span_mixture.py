@@ -178,6 +178,7 @@ class LayerSpanAttention(ProvedStagedOp):
     q, k and v[num_layers, batch, heads, len, head_dim], causal, the full layers first (the order
     costs nothing). `sliding`: a window of `span` keys; else blocks of `span` positions that see
     only themselves, where one new token reads the `span` keys of a block that it completes.
+    Where inputs are short, one long kernel may beat many short blocks: hence `cheaper`.
 
     >>> op = LayerSpanAttention(num_layers=24, num_full_layers=4, num_heads=16, len_q=8192,
     ...                         head_dim=128, span=1024)
@@ -186,7 +187,7 @@ class LayerSpanAttention(ProvedStagedOp):
     """
 
     name: ClassVar[str] = "layer_span_attention"
-    cheaper: ClassVar[tuple[str, ...]] = ("num_kv_heads",)
+    cheaper: ClassVar[tuple[str, ...]] = ("num_kv_heads", "num_full_layers", "span")
     batch: Num = 1
     num_layers: Num
     num_full_layers: Num = 1

@@ -22,9 +22,9 @@ from typing import ClassVar
 
 import numpy as np
 
+from hwmodels.errors import InputError
 from workloads.machine import Values, slices
 from workloads.numeric import Num, any_true, ceil_div, maximum, minimum, where
-from hwmodels.errors import InputError
 from workloads.op import Arrays, Stage
 from workloads.ops.attention import AttentionOp, Sizes
 from workloads.ops.decode_attention import DecodeAttention
