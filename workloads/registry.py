@@ -153,6 +153,24 @@ _OPS: Final[Mapping[str, Entry]] = {
     "compressed_attention": Entry(
         "compressed_cache", "CompressedAttention", "decoding over a compressed cache"
     ),
+    "compress_cache": Entry("compress_cache", "CompressCache", "a prompt's cache compressed"),
+    "quantise_groups": Entry(
+        "quantise_groups", "QuantiseGroups", "groups of a row rounded to integers with a scale"
+    ),
+    "channel_scores": Entry(
+        "quantise_groups", "ChannelScores", "how much queries use each channel of keys"
+    ),
+    "merged_layers_attention": Entry(
+        "layered_cache", "MergedLayersAttention", "decoding over caches merged in pairs of layers"
+    ),
+    "merge_layers": Entry("merge_layers", "MergeLayers", "two layers' caches merged and quantised"),
+    "slerp_merge": Entry("merge_layers", "SlerpMerge", "spherical interpolation of row vectors"),
+    "layer_budget_attention": Entry(
+        "layered_cache", "LayerBudgetAttention", "decoding with a cache budget by layer"
+    ),
+    "layer_budget_selection": Entry(
+        "layered_cache", "LayerBudgetSelection", "tokens that each layer's budget keeps"
+    ),
     "moe_ffn": Entry("moe_ffn", "MoeFfn", "routed experts of one rank, forward"),
     "embedding": Entry("embedding", "Embedding", "table lookup, forward"),
     "row_map": Entry("row_map", "RowMap", "pointwise map, a thread block a row"),
@@ -224,6 +242,9 @@ _OPS: Final[Mapping[str, Entry]] = {
     ),
     "layer_span_attention": Entry(
         "span_mixture", "LayerSpanAttention", "full attention in some layers, a span in others"
+    ),
+    "layer_span_attention_backward": Entry(
+        "span_mixture", "LayerSpanAttentionBackward", "the same in blocks, backward"
     ),
     "shifted_group_attention": Entry(
         "shifted_groups", "ShiftedGroupAttention", "attention in groups, half of the heads shifted"

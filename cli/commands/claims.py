@@ -197,8 +197,8 @@ def _show_scores(verdicts: Sequence[Verdict]) -> None:
 def _cells(s: Score) -> tuple[str, ...]:
     counts = (s.num_claims, s.num_complete, s.num_evaluated, s.reproduced, s.off)
     return (
-        s.id, *map(str, counts), _hundredths(s.exact_within_frac), _hundredths(s.timed_median_error),
-        _hundredths(s.timed_within_factor_frac),
+        s.id, *map(str, counts), _hundredths(s.exact_within_frac),
+        _hundredths(s.timed_median_error), _hundredths(s.timed_within_factor_frac),
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ is split into n_o outer points by kernels of their own, before and after the fus
     compute = 16 R n (n_1 + ... + n_p) / (share X) (1 + exposed / blocks) + 16 R n n_o / (block X)
     memory  = R L e (2 or 4 gated) / (hbm B)
        outer: R L e (2 or 4) / (fft B) + 2 R n c / (fft B) + 2 R n c / (hbm B)
-    filter  = C (8 n P(n / 2) / (fft B) + 60 n / (hbm B))      its spectrum, in every call
+    filter  = C (8 n P(n / 2) / (fft B) + 52 n / (hbm B))      its spectrum, in every call
     T = launches launch + filter + memory + compute + flops / V
 
 Sources of the kernels' structure: benchmark_flashfftconv.py, conv.py and
@@ -35,10 +35,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
+
 from simulator.kernel_time.constants import Constant
 from simulator.kernel_time.model import Conditions, Constants, KernelModel, KernelTime
 from simulator.kernel_time.rates import Rates
-from simulator.kernel_time.terms import dram_seconds, overlap, real, waves
+from simulator.kernel_time.terms import dram_seconds, larger, overlap, real, waves
 from workloads.numeric import (
     Condition,
     Num,
@@ -84,9 +86,9 @@ LIBRARY_KERNELS: Final = 8
 """Launches of an ungated call: cast, two transforms and fills, product, inverse, scale, cast."""
 GATE_KERNELS: Final = 5
 FILTER_KERNELS: Final = 6
-"""Transform, fill, two permutations, separate parts, cast."""
-FILTER_STREAMED: Final = 60.0
-"""Bytes a point of a filter's spectrum: filled 8, permuted twice 32, cast 20."""
+"""Transform, fill, two permutations, real parts apart, cast."""
+FILTER_STREAMED: Final = 52.0
+"""Bytes a point of a filter's spectrum: filled 8, permuted twice 32, cast 12."""
 LOG2_WARP: Final = 11
 LOG2_FUSED: Final = 15
 LOG2_OUTER, LOG2_INNER = 5, 12
@@ -158,8 +160,9 @@ def split(op: FlashFFTConv, rates: Rates) -> Split:
     wanted = maximum(q - held, minimum(q - LOG2_INNER, LOG2_OUTER))
     outer = where(q > held, wanted, 0)
     inner = q - outer
-    warps = inner <= LOG2_WARP
-    two = warps if op.order is None else op.order == ORDERS[0]
+    short = inner <= LOG2_WARP
+    two = short if op.order is None else op.order == ORDERS[0]
+    warps = np.logical_and(short, two)
     sums = {
         order: sum(maximum(size, LEAST_FACTOR) for size, _ in monarch_stages(inner, order))
         for order in (2, 3)
@@ -214,7 +217,8 @@ def _compute(op: FlashFFTConv, parts: Split, rates: Rates, c: Constants) -> Num:
     slots = rates.num_sms * parts.blocks
     rows = op.rows * parts.outer
     stretched = waves(rows, slots, c["ragged_frac"]) * slots / parts.outer
-    return 16 * stretched * fft_points(op) * slowed / peak
+    needed = op.work(float(2**52)).tensor_flops[op.dtype] / peak  # of an order they lack
+    return larger(16 * stretched * fft_points(op) * slowed / peak, needed)
 
 
 def long_conv_seconds(

@@ -148,8 +148,13 @@ def _fft(row: Measurement) -> tuple[Part, ...]:
         uncounted("the backward pass of a long convolution has no count yet")
     op = FlashFFTConv if last_name(row) == "flashfftconv" else FFTConvolution
     sizes = {"batch": p["batch"], "len_seq": p["seq"], "channels": p["d_model"]}
-    gated = bool(p.get("gated", 0))
-    return (part(op, sizes, _replayed(""), dtype=plain_dtype(row), gated=gated),)
+    flags = {"gated": bool(p.get("gated", 0)), "circular": _is_power_of_two(p["seq"])}
+    return (part(op, sizes, _replayed(""), dtype=plain_dtype(row), **flags),)
+
+
+def _is_power_of_two(length: float) -> bool:
+    """The publisher's transforms are as long as the sequence, so that its ends meet."""
+    return length >= 1 and not int(length) & (int(length) - 1)
 
 
 def _replayed(kernel: str) -> Conditions:

@@ -53,8 +53,14 @@ def no_attention_seconds(
     return model.num_layers * one_layer + ops_seconds(list(head(model, batch, dtype)), on)
 
 
-def layer(model: TransformerConfig, *, batch: int, tp: int, dtype: DType) -> Iterator[Op]:
-    """The kernels of one layer on one rank, but for attention and all-reduces."""
+def layer(
+    model: TransformerConfig, *, batch: int, tp: int, dtype: DType, tables: int = NUM_POSITIONS
+) -> Iterator[Op]:
+    """The kernels of one layer on one rank, but for attention and all-reduces.
+
+    `tables`: rows of the rotation's tables, 0 where they are kept in half precision and the
+    positions come with the input.
+    """
     hidden, spec = model.hidden_dim, model.attention
     query, key = (_share(n, tp) * spec.head_dim for n in (spec.num_heads, spec.num_kv_heads))
     ffn = _share(model.mlp.ffn_dim, tp)
@@ -66,17 +72,19 @@ def layer(model: TransformerConfig, *, batch: int, tp: int, dtype: DType) -> Ite
     ):  # fmt: skip
         yield Matmul(m=batch, n=n, k=k, dtype=dtype)
     for _ in range(2):  # cosine and sine: cast whole, then gathered by position
-        yield _map(NUM_POSITIONS * spec.head_dim, FP32, dtype)
-        yield _map(batch * spec.head_dim, dtype)
-    for _ in range(NUM_INDEX_KERNELS):
-        yield _map(batch, dtype)
+        if tables:
+            yield pointwise(tables * spec.head_dim, FP32, dtype)
+        yield pointwise(batch * spec.head_dim, dtype)
+    for _ in range(NUM_INDEX_KERNELS if tables else 0):
+        yield pointwise(batch, dtype)
     for width in (query, key):
-        yield from _rotation(batch * width, dtype)
-    yield _map(batch * ffn, dtype)  # SiLU
-    yield _map(batch * ffn, dtype, num_inputs=2)
+        yield from rotation(batch * width, dtype)
+    yield pointwise(batch * ffn, dtype)  # SiLU
+    yield pointwise(batch * ffn, dtype, num_inputs=2)
     for _ in range(2):
-        yield _map(batch * hidden, dtype)  # the copy that an all-reduce starts from
-        yield _map(batch * hidden, dtype, num_inputs=2)  # residual
+        if tp > 1:
+            yield pointwise(batch * hidden, dtype)  # the copy that an all-reduce starts from
+        yield pointwise(batch * hidden, dtype, num_inputs=2)  # residual
 
 
 def head(model: TransformerConfig, batch: int, dtype: DType) -> Iterator[Op]:
@@ -84,13 +92,13 @@ def head(model: TransformerConfig, batch: int, dtype: DType) -> Iterator[Op]:
     logits = batch * model.vocab_size
     yield from _norm(batch, model.hidden_dim, dtype)
     yield Matmul(m=batch, n=model.vocab_size, k=model.hidden_dim, dtype=dtype)
-    yield _map(logits, dtype, FP32)
-    yield _map(logits, FP32)
+    yield pointwise(logits, dtype, FP32)
+    yield pointwise(logits, FP32)
     yield Softmax(rows=batch, cols=model.vocab_size, dtype=FP32)
     for _ in range(SAMPLING_PASSES):
         yield BlockPool(batch=batch, len_seq=model.vocab_size, dim=1, block=model.vocab_size,
                         dtype=FP32)  # fmt: skip
-    yield _map(logits, FP32, num_inputs=2)  # probabilities over the draw
+    yield pointwise(logits, FP32, num_inputs=2)  # probabilities over the draw
 
 
 def weight_bytes(model: TransformerConfig, tp: int, dtype: DType) -> float:
@@ -114,24 +122,25 @@ def _share(count: int, tp: int) -> int:
 
 
 def _norm(rows: int, cols: int, dtype: DType) -> Iterator[Op]:
-    yield _map(rows * cols, dtype, FP32)
-    yield _map(rows * cols, FP32)
+    yield pointwise(rows * cols, dtype, FP32)
+    yield pointwise(rows * cols, FP32)
     yield BlockPool(batch=rows, len_seq=cols, dim=1, block=cols, dtype=FP32)
-    yield _map(rows, FP32)
-    yield _map(rows, FP32)
-    yield _map(rows * cols, FP32)
-    yield _map(rows * cols, FP32, dtype)
-    yield _map(rows * cols, dtype)
+    yield pointwise(rows, FP32)
+    yield pointwise(rows, FP32)
+    yield pointwise(rows * cols, FP32)
+    yield pointwise(rows * cols, FP32, dtype)
+    yield pointwise(rows * cols, dtype)
 
 
-def _rotation(elements: int, dtype: DType) -> Iterator[Op]:
-    """x cos + (halves exchanged, one negated) sin."""
-    yield _map(elements // 2, dtype)
+def rotation(elements: int, dtype: DType) -> Iterator[Op]:
+    """x cos + (halves exchanged, one negated) sin: five kernels."""
+    yield pointwise(elements // 2, dtype)
     for num_inputs in (1, 1, 1, 2):
-        yield _map(elements, dtype, num_inputs=num_inputs)
+        yield pointwise(elements, dtype, num_inputs=num_inputs)
 
 
-def _map(
+def pointwise(
     elements: int, dtype: DType, out: DType | None = None, *, num_inputs: int = 1
 ) -> Elementwise:
+    """One kernel over whole arrays in `dtype`, written in `out` or else `dtype`."""
     return Elementwise(num_elements=elements, num_inputs=num_inputs, dtype=dtype, out_dtype=out)

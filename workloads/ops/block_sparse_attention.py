@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -110,7 +110,7 @@ class _Butterfly(KeyOuterAttention):
         """(query, key) pairs of one head in blocks that are not zero."""
         return self.len_q * self.kept_keys
 
-    def dense(self) -> dict[str, object]:
+    def dense(self) -> dict[str, Any]:
         """Fields of an attention of every block of block_k queries over its keys."""
         return {
             **self.shape(), "batch": self.batch * self.num_key_blocks, "len_q": self.bk,

@@ -59,8 +59,8 @@ class CompressedCacheOp(Op):
     num_kv_heads: Num | None = None
     len_kv: Num
     head_dim: Num
-    key_bits: Num = 16
-    value_bits: Num = 16
+    key_bits: Num = 4
+    value_bits: Num = 4
     group_size: Num | None = None
     keys_per_channel: bool = False
     zero_point: bool = True
@@ -248,7 +248,7 @@ class CompressedAttention(CompressedCacheOp, ProvedStagedOp):
 
     LLaMA-2-7B's layer in 4 bits by whole heads, a 16-bit scale and zero point each:
 
-    >>> op = CompressedAttention(num_heads=32, len_kv=1000, head_dim=128, key_bits=4, value_bits=4)
+    >>> op = CompressedAttention(num_heads=32, len_kv=1000, head_dim=128)
     >>> op.cache_bytes() == 32 * 1000 * 2 * (64 + 4), op.kept_frac()
     (True, 0.265625)
     """

@@ -23,7 +23,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -41,7 +41,6 @@ from workloads.work import Work
 KERNEL = "fa1"
 """What the kernel models call it."""
 
-Held: TypeAlias = tuple[Tile, Tile]
 Step: TypeAlias = tuple[int, Values | None]
 """One of the held key blocks, and what of it the rows see (None: all)."""
 
@@ -110,7 +109,7 @@ class KeyOuterAttention(AttentionOp):
         """Timed as the kernel of the same shape that the models know."""
         return (Stage("attend", FlashAttention2(**self.shape()), kernel=KERNEL),)
 
-    def shape(self) -> dict[str, object]:
+    def shape(self) -> dict[str, Any]:
         """The fields of `AttentionOp`."""
         return {
             "batch": self.batch, "num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads,
@@ -450,10 +449,10 @@ class FlashAttention1(_Dense):
     exponentials, which spares the paper's second factor exp(m~ - m'). Ignored: dropout.
 
     >>> op = FlashAttention1(num_heads=16, len_q=1024, head_dim=64, sram_bytes=192 * 1024)
-    >>> op.tiling(448 * 1024)                                  # ceil(98304 / (4 64)) keys
+    >>> op.tiling(2**20)                                       # ceil(98304 / (4 64)) keys
     {'br': 64, 'bc': 384}
     >>> elements = 16 * 1024 * 64 * (2 + 1 + 3 * 3)            # T_c = 3
-    >>> op.work(448 * 1024).bytes == 2 * elements + 16 * 1024 * 4 * (2 + 4 * 3)
+    >>> op.work(2**20).bytes == 2 * elements + 16 * 1024 * 4 * (2 + 4 * 3)
     True
     """
 
@@ -468,7 +467,7 @@ class FlashAttention1Backward(KeyOuterBackward, _Dense):
 
     >>> op = FlashAttention1Backward(num_heads=16, len_q=1024, head_dim=64, sram_bytes=192 * 1024)
     >>> elements = 16 * 1024 * 64 * (4 + 1 + 5 * 3)
-    >>> op.work(448 * 1024).bytes == 2 * elements + 16 * 1024 * 4 * 2 * 3
+    >>> op.work(2**20).bytes == 2 * elements + 16 * 1024 * 4 * 2 * 3
     True
     """
 

@@ -1,6 +1,6 @@
 """A prompt's attention over the blocks of keys that hold a share of its mass: FlexPrefill.
 
-Lai et al. 2025 (arXiv 2502.20766, section 3). Every head first looks at the true probabilities of
+Lai et al. 2025 (arXiv 2502.20766). Every head first looks at the true probabilities of
 its last block of `block` queries (the probe). They tell, against pooled scores (Jensen-Shannon
 divergence), which pattern the head takes, and with N keys, n = N / block blocks:
 

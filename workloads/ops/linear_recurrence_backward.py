@@ -34,8 +34,9 @@ from workloads.ops.linear_recurrence import (
 from workloads.work import Work
 
 DELTA_PASSES = 2.5
-"""Runs of the forward kernels that a delta rule's backward pass amounts to: half of one (the inverses
-are kept), their mirror images, and the products of the chunks (fla/ops/gated_delta_rule)."""
+"""Runs of the forward kernels that a delta rule's backward pass amounts to: half of one (the
+inverses are kept), their mirror images, and the products of the chunks (fla/ops/gated_delta_rule).
+"""
 
 
 @dataclass(frozen=True, kw_only=True)

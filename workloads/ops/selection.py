@@ -13,14 +13,14 @@ Its rows are narrower than keys (channels), fewer (means of runs) or stored in a
 Lists belong to each query head (`share` 'head'), to a K and V head ('group') or to all heads of a
 layer ('layer'). Systems, as presets of `SelectiveAttention` (workloads/data/systems.toml):
 
-    double_sparsity     Yang et al. 2024 (arXiv 2408.07092, section 3): labels of d / 16 channels,
+    double_sparsity     Yang et al. 2024 (arXiv 2408.07092): labels of d / 16 channels,
                         one in 16 tokens; `offload`: their K and V come from the host one layer
-                        ahead, beside the layer (section 3.3)
-    tokenselect         Wu et al. 2024 (arXiv 2411.02886, section 4): all channels of all keys, soft
-                        vote of the heads, one list a layer, for a chunk of a prompt by its mean
-                        query; 2048 tokens beside 128 first and 512 last ones; a share `hit_frac` of
-                        the queries is near enough to the last one to keep its list
-    squeezed_attention  Hooper et al. 2024 (arXiv 2411.09688, sections 4 and 5): centroids of
+                        ahead, beside the layer
+    tokenselect         Wu et al. 2024 (arXiv 2411.02886; pzs19/TokenSelect): all channels of all
+                        keys, soft vote of the heads, one list a layer, for a chunk of a prompt
+                        by its mean query; 2048 tokens beside 128 first and 512 last ones; a share
+                        `hit_frac` of the queries is near enough to the last one to keep its list
+    squeezed_attention  Hooper et al. 2024 (arXiv 2411.09688, sections 3.2, 3.3): centroids of
                         clusters of 20 keys (5 % of them); `coarse` of these have a centroid above
                         them, and only those below the best `coarse_frac` are scored
 

@@ -1,9 +1,9 @@
 """Attention in groups, half of the heads shifted by half a group, with sinks that all may see.
 
 S^2-Attn (Chen et al. 2023, arXiv 2309.12307, algorithm 1) cuts N positions into g groups of
-G = N / g and attends within each; the second half of the heads first rolls the sequence by G / 2, so
-that their groups straddle the others' borders. SinkLoRA (Zhang 2024, arXiv 2406.05678, section 3)
-rolls the outputs back into place and lets every query see the first `num_sinks` tokens besides:
+G = N / g and attends within each; the second half of the heads first rolls the sequence by G / 2,
+so that their groups straddle the others' borders. SinkLoRA (Zhang 2024, arXiv 2406.05678,
+section 3) rolls the outputs back into place and lets every query see the first `num_sinks` tokens besides:
 
     pairs   H (N (G + 1) / 2 + (N - G) num_sinks)     of N (N + 1) / 2 a head: 1 / g and a little
 
@@ -33,7 +33,7 @@ from workloads.ops.flash_attention import FP32_BYTES, FlashAttention2
 from workloads.ops.flash_attention_backward import FlashAttention2Backward
 from workloads.ops.shared_prefix import FA2, CombineParts
 from workloads.ops.staged import ProvedStagedOp
-from workloads.ops.windowed_attention import join_rows, split_rows
+from workloads.ops.windowed_attention import join_rows, masked, masked_gradient, split_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,19 +196,13 @@ class ShiftedGroupAttention(ProvedStagedOp):
 
     # ---- truth and program -----------------------------------------------------------------
 
-    def _probabilities(self, inputs: Arrays) -> tuple[Values, Values]:
-        heads = int(self.num_heads)
-        keys = np.repeat(inputs["k"], heads // int(self.kv_heads), axis=1)
-        scores = inputs["q"] @ keys.swapaxes(-1, -2) * float(self.head_dim) ** -0.5
-        exponentials = np.where(np.repeat(self.mask(), heads // 2, axis=0), np.exp(scores), 0.0)
-        total = exponentials.sum(axis=-1, keepdims=True)
-        return exponentials / total, np.log(total)
+    def _seen(self) -> Values:
+        """The masks of all heads."""
+        return np.repeat(self.mask(), int(self.num_heads) // 2, axis=0)
 
     def _forward(self, inputs: Arrays) -> Arrays:
         """Naive: one masked softmax in the order of the sequence."""
-        values = np.repeat(inputs["v"], int(self.num_heads // self.kv_heads), axis=1)
-        p, lse = self._probabilities(inputs)
-        return {"o": p @ values, "lse": lse}
+        return masked(self.dense(), inputs, self._seen())
 
     def reference(self, inputs: Arrays) -> Arrays:
         """One masked softmax."""
@@ -296,22 +290,7 @@ class ShiftedGroupAttentionBackward(ShiftedGroupAttention):
 
     def reference(self, inputs: Arrays) -> Arrays:
         """The chain rule on whole matrices."""
-        batch, heads, kv_heads = (int(n) for n in (self.batch, self.num_heads, self.kv_heads))
-        p, _ = self._probabilities(inputs)
-        keys, values = (np.repeat(inputs[n], heads // kv_heads, axis=1) for n in ("k", "v"))
-        dp = inputs["do"] @ values.swapaxes(-1, -2)
-        ds = p * (dp - (p * dp).sum(axis=-1, keepdims=True)) * float(self.head_dim) ** -0.5
-
-        def over_group(per_head: Values) -> Values:
-            split = per_head.reshape(batch, kv_heads, heads // kv_heads, *per_head.shape[2:])
-            summed: Values = split.sum(axis=2)
-            return summed
-
-        return {
-            "dq": ds @ keys,
-            "dk": over_group(ds.swapaxes(-1, -2) @ inputs["q"]),
-            "dv": over_group(p.swapaxes(-1, -2) @ inputs["do"]),
-        }
+        return masked_gradient(self.dense(), inputs, self._seen())
 
     def program(self, machine: Machine, inputs: Arrays) -> Arrays:
         """The stages' programs in turn."""

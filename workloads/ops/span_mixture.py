@@ -32,8 +32,15 @@ from workloads.machine import Machine, Values
 from workloads.numeric import Num, any_true, floor, minimum
 from workloads.op import Arrays, Stage
 from workloads.ops.flash_attention import FlashAttention2
+from workloads.ops.flash_attention_backward import FlashAttention2Backward
 from workloads.ops.staged import ProvedStagedOp
-from workloads.ops.windowed_attention import WindowedAttention, join_rows, masked, split_rows
+from workloads.ops.windowed_attention import (
+    WindowedAttention,
+    join_rows,
+    masked,
+    masked_gradient,
+    split_rows,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,6 +332,84 @@ class LayerSpanAttention(ProvedStagedOp):
         blocks = {n: split_rows(x, int(self.len_q) // span) for n, x in inputs.items()}
         found = self.local().program(machine, blocks)
         return {n: join_rows(x, int(self.batch)) for n, x in found.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSpanAttentionBackward(LayerSpanAttention):
+    """Backward pass of the layers, each from what its forward pass left: o, its logsumexp, and do.
+
+    Spans are blocks; the gradient of a sliding window is not modelled.
+
+    >>> op = LayerSpanAttentionBackward(num_layers=2, num_heads=16, len_q=8192, head_dim=128,
+    ...                                 span=1024)
+    >>> op.min_flops()[BF16] == 2.5 * LayerSpanAttention.min_flops(
+    ...     LayerSpanAttention(num_layers=2, num_heads=16, len_q=8192, head_dim=128, span=1024)
+    ... )[BF16]
+    True
+    """
+
+    name: ClassVar[str] = "layer_span_attention_backward"
+
+    def check(self) -> None:
+        """Whole inputs in blocks."""
+        super().check()
+        if self.sliding or any_true(self.len_keys != self.len_q):
+            raise InputError(
+                f"{self.name}: gradients are those of whole inputs in blocks; leave sliding and "
+                f"len_kv out"
+            )
+
+    def _gradient(self, op: FlashAttention2) -> FlashAttention2Backward:
+        return FlashAttention2Backward(
+            batch=op.batch, num_heads=op.num_heads, num_kv_heads=op.num_kv_heads, len_q=op.len_q,
+            head_dim=op.head_dim, causal=True, dtype=op.dtype,
+        )  # fmt: skip
+
+    def gradients(self) -> tuple[FlashAttention2Backward, FlashAttention2Backward]:
+        """The backward pass of a full layer, and of one of short span."""
+        return self._gradient(self.full()), self._gradient(self.local())
+
+    def stages(self) -> tuple[Stage, ...]:
+        """Its kernels, layer by layer."""
+        full, local = self.gradients()
+        return (
+            Stage("full", full, times=self.num_full_layers),
+            Stage("local", local, times=self.num_local_layers),
+        )
+
+    def compulsory_bytes(self) -> Num:
+        """Those of the layers."""
+        full, local = (op.compulsory_bytes() for op in self.gradients())
+        return self.num_full_layers * full + self.num_local_layers * local
+
+    def inputs(self, rng: np.random.Generator) -> Arrays:
+        """q, k, v and do at random; o and lse as the forward pass leaves them, of every layer."""
+        forward = super().inputs(rng)
+        found = super().reference(forward)
+        return {**forward, **found, "do": rng.standard_normal(found["o"].shape)}
+
+    def reference(self, inputs: Arrays) -> Arrays:
+        """The chain rule on whole matrices, under each layer's mask."""
+        num_full = int(self.num_full_layers)
+        found = [
+            masked_gradient(self.full(), _layer_of(inputs, i), self.mask(full=i < num_full))
+            for i in range(int(self.num_layers))
+        ]
+        return {n: np.stack([one[n] for one in found]) for n in found[0]}
+
+    def program(self, machine: Machine, inputs: Arrays) -> Arrays:
+        """The layers' backward programs in turn; blocks are sequences of their own."""
+        full, local = self.gradients()
+        blocks, found = int(self.len_q) // int(self.span), []
+        for i in range(int(self.num_layers)):
+            part = _layer_of(inputs, i)
+            if i < int(self.num_full_layers):
+                found.append(full.program(machine, part))
+                continue
+            split = {n: split_rows(x, blocks) for n, x in part.items()}
+            one = local.program(machine, split)
+            found.append({n: join_rows(x, int(self.batch)) for n, x in one.items()})
+        return {n: np.stack([one[n] for one in found]) for n in found[0]}
 
 
 def _layer_of(inputs: Arrays, number: int) -> Arrays:

@@ -1,6 +1,6 @@
 """Attention over keys that a tree search finds: Hierarchically Pruned Attention (HiP).
 
-Lee et al. 2024 (arXiv 2406.09827, section 3, algorithm 1). For each block of `block_q` queries of a
+Lee et al. 2024 (arXiv 2406.09827). For each block of `block_q` queries of a
 head, K = len_selected / block_k of the len_kv / block_k runs of keys are found by halving: K groups
 of adjoining runs cover all of them; a round splits every group in two, scores the middle key of
 each of the 2 K halves by the best of the block's queries, and keeps the K best halves, until a

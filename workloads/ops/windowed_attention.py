@@ -170,14 +170,40 @@ class WindowedAttention(FlashAttention2):
 
 
 def masked(op: AttentionOp, inputs: Arrays, seen: Values) -> Arrays:
-    """Naive attention under any mask [len_q, len_kv]: O, and the logsumexp of each row."""
+    """Naive attention under any mask that broadcasts to [heads, len_q, len_kv]: O, logsumexps."""
+    p, lse = masked_probabilities(op, inputs, seen)
+    return {"o": p @ np.repeat(inputs["v"], op.sizes().group, axis=1), "lse": lse}
+
+
+def masked_probabilities(op: AttentionOp, inputs: Arrays, seen: Values) -> tuple[Values, Values]:
+    """P[batch, heads, len_q, len_kv] and its logsumexp under that mask."""
     s = op.sizes()
-    keys, values = (np.repeat(inputs[n], s.group, axis=1) for n in ("k", "v"))
+    keys = np.repeat(inputs["k"], s.group, axis=1)
     scores = np.where(seen, inputs["q"] @ keys.swapaxes(-1, -2) * s.scale, -np.inf)
     top = scores.max(axis=-1, keepdims=True)
     exponentials = np.exp(scores - top)
     total = exponentials.sum(axis=-1, keepdims=True)
-    return {"o": exponentials / total @ values, "lse": top + np.log(total)}
+    return exponentials / total, top + np.log(total)
+
+
+def masked_gradient(op: AttentionOp, inputs: Arrays, seen: Values) -> Arrays:
+    """dQ, dK and dV from do under that mask: the chain rule on whole matrices."""
+    s = op.sizes()
+    p, _ = masked_probabilities(op, inputs, seen)
+    keys, values = (np.repeat(inputs[n], s.group, axis=1) for n in ("k", "v"))
+    dp = inputs["do"] @ values.swapaxes(-1, -2)
+    ds = p * (dp - (p * dp).sum(axis=-1, keepdims=True)) * s.scale
+
+    def over_group(per_head: Values) -> Values:
+        split = per_head.reshape(s.batch, s.kv_heads, s.group, *per_head.shape[2:])
+        summed: Values = split.sum(axis=2)
+        return summed
+
+    return {
+        "dq": ds @ keys,
+        "dk": over_group(ds.swapaxes(-1, -2) @ inputs["q"]),
+        "dv": over_group(p.swapaxes(-1, -2) @ inputs["do"]),
+    }
 
 
 def split_rows(x: Values, blocks: int) -> Values:
