@@ -70,14 +70,20 @@ def test_traffic_by_hand() -> None:
 
 
 def test_twice_the_flops_of_the_forward_pass_and_fewer_than_fused() -> None:
-    shape: dict[str, Any] = {"num_heads": 4, "len_q": 128, "head_dim": 64, "head_dim_v": 32, "causal": True}
+    shape: dict[str, Any] = {
+        "num_heads": 4,
+        "len_q": 128,
+        "head_dim": 64,
+        "head_dim_v": 32,
+        "causal": True,
+    }
     op = StandardAttentionBackward(**shape)
     forward, fused = (kind(**shape) for kind in (StandardAttention, FlashAttention2Backward))
     assert op.min_flops()[BF16] == 2 * forward.min_flops()[BF16] < fused.min_flops()[BF16]
 
 
 def test_arrays_agree_with_scalars_and_too_little_memory_is_refused() -> None:
-    lengths = 2.0 ** np.arange(5, 15)
+    lengths = np.array([2.0**i for i in range(5, 15)])
     many = StandardAttentionBackward(num_heads=4, len_q=lengths, head_dim=64).work(2**18)
     for i, length in enumerate(lengths):
         one = StandardAttentionBackward(num_heads=4, len_q=int(length), head_dim=64).work(2**18)

@@ -125,7 +125,13 @@ def test_a_mask_that_keeps_all_is_no_mask() -> None:
 
 def test_traffic_of_both_passes_by_hand() -> None:
     """GPT-2 medium's attention, 192 KB of shared memory: blocks of 64 by 384, T_c = 3."""
-    shape: dict[str, Any] = {"batch": 64, "num_heads": 16, "len_q": 1024, "head_dim": 64, "sram_bytes": 196_608}
+    shape: dict[str, Any] = {
+        "batch": 64,
+        "num_heads": 16,
+        "len_q": 1024,
+        "head_dim": 64,
+        "sram_bytes": 196_608,
+    }
     rows = 64 * 16 * 1024
     moved = [op(**shape).work(2**20).bytes for op in (FlashAttention1, FlashAttention1Backward)]
     assert moved == [rows * (12 * 64 * 2 + 14 * 4), rows * (20 * 64 * 2 + 6 * 4)]
@@ -186,7 +192,7 @@ def test_impossible_masks_are_refused(change: dict[str, Any], says: str) -> None
 def test_arrays_agree_with_scalars_and_too_little_memory_is_refused(
     op: type[AttentionOp],
 ) -> None:
-    lengths = 2.0 ** np.arange(8, 15)
+    lengths = np.array([2.0**i for i in range(8, 15)])
     many = op(num_heads=4, len_q=lengths, head_dim=64).work(SM_BYTES)
     for i, length in enumerate(lengths):
         one = op(num_heads=4, len_q=int(length), head_dim=64).work(SM_BYTES)

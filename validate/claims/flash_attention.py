@@ -12,9 +12,11 @@ kernels: products, softmax, a boolean mask that is filled in and a dropout that 
 and 4 with its own blocks.
 
 Off. GFLOPs and runtimes of figure 2: 66.6 and 75.2 GFLOP differ by one product over 64 heads, not
-over the 1,024 of 64 sequences of 16 heads, for which the bytes are right; 7.3 ms would then be twice
-the rate of the runtime tables. Forward pass of bsflash on 512 positions: all its arrays lie in the
-L2, where the kernel is twice as fast; the factor of slowness is that of long sequences.
+over the 1,024 of 64 sequences of 16 heads, for which the bytes are right; 7.3 ms for those would be
+twice the rate of the runtime tables. bsflash on 512 and 1,024 positions: published times a position
+are 0.5 to 0.7 of those from 2,048 on, where they are constant, as if the mask kept fewer keys
+there; the paper does not say, so the count of keys is the same for all. flash on 512 and 1,024
+positions, backward: published 20 to 35 % above the rate of longer ones.
 """
 
 from __future__ import annotations
@@ -24,12 +26,12 @@ from dataclasses import dataclass
 from typing import Final
 
 from hwmodels.device import Device
-from hwmodels.dtypes import FP32, DType, dtype
-from simulator.kernel_time.model import Conditions
+from hwmodels.dtypes import FP8, FP32, DType
 from simulator.kernel_time.predict import predict
 from validate.claims.claim import EXACT_TOLERANCE, Claim, Value, not_modelled
+from validate.claims.decoder import ops_seconds
 from workloads.numeric import ceil_div
-from workloads.op import Op, Stage
+from workloads.op import Op
 from workloads.ops.attention import AttentionOp, StandardAttention
 from workloads.ops.attention_backward import StandardAttentionBackward
 from workloads.ops.block_sparse_attention import (
@@ -45,28 +47,28 @@ FLASH, SPARSE, PYTORCH, MEGATRON = "flash", "bsflash", "pytorch", "megatron"
 FORWARD, BACKWARD, BOTH = "fwd", "bwd", "fwd+bwd"
 PASSES: Final = {FORWARD: (FORWARD,), BACKWARD: (BACKWARD,), BOTH: (FORWARD, BACKWARD)}
 
-SLOWNESS: Final = {FORWARD: 2.125, BACKWARD: 1.173}
+SLOWNESS: Final = {FORWARD: 2.126, BACKWARD: 1.173}
 """Time of the kernels of the paper (May 2022: one thread block a head) over that of the label fa1,
-which knows FlashAttention 1 of 2023 (thread blocks along the sequence as well). One row a pass:
-flash, no mask, seq 4096: 8.42 ms forward and 21.57 ms backward."""
-SPARSE_SLOWNESS: Final = {False: 1.31, True: 1.75}
+which knows FlashAttention 1 of 2023 (thread blocks along the sequence as well), both without the
+launch. One row a pass: flash, no mask, seq 4096: 8.42 ms forward and 21.57 ms backward."""
+SPARSE_SLOWNESS: Final = {False: 1.316, True: 1.764}
 """Further slowness of the block-sparse backward kernel, without and with a padding mask: a head's
 key blocks follow one another, and the fill and drain of each are not hidden behind products where
 it meets 256 queries alone. One row each: bsflash bwd, seq 4096, 2.34 ms and 3.13 ms."""
-PRODUCTS_SLOWNESS: Final = 1.74
+PRODUCTS_SLOWNESS: Final = 1.92
 """Time of the four products of PyTorch's backward pass (einsum, CUDA 11) over that of today's
-batched products. One row: pytorch bwd, no mask, seq 4096, 33.87 ms."""
-FILL_SLOWNESS: Final = 2.3
+batched products. One row: pytorch bwd, no mask, seq 4096, 33.87 ms less the softmax kernel."""
+FILL_SLOWNESS: Final = 2.48
 """Time of masked_fill under a mask broadcast over heads and queries, whose indices are computed
 element by element, over that of a flat map. One row: pytorch fwd, padding mask, seq 1024, 1.93 ms,
-less the forward pass without a mask."""
+less the other kernels."""
 FILL_COPIES: Final = 4
 """Copies of the scores' gradient in the backward pass of an in-place fill of a view: CopySlices
 copies it in, clones it and copies the result back, masked_fill clones it once more
 (torch/csrc/autograd/functions/tensor.cpp)."""
 DROPOUT_INSTRUCTIONS: Final = {FORWARD: 12, BACKWARD: 14}
-"""Vector instructions a score of dropout in a fused kernel: Philox-4x32-10 takes ten rounds of eight
-for 128 bits, which make eight 16-bit numbers; compare and select, once more for dP backward."""
+"""Vector instructions a score of dropout in a fused kernel: Philox-4x32-10 takes ten rounds of
+eight for 128 bits, which make eight 16-bit numbers; compare and select, again for dP backward."""
 CALL_S: Final = 50e-6
 """Host seconds of a PyTorch call that launches a kernel. One row: pytorch fwd, no mask, seq 128,
 0.21 ms for four calls."""
@@ -74,8 +76,9 @@ ENGINE_S: Final = 0.12e-3
 """Host seconds that a forward and a backward pass take together beyond the two alone: building the
 graph, waking its thread. One row: flash fwd+bwd, no mask, seq 128, 0.31 ms less four calls."""
 BLOCK_MASK_S: Final = 0.5e-3
-"""Host seconds to bring the block mask into the kernel's form, which waits for the device; done in
-each forward call where there is no padding mask. One row: bsflash fwd, no mask, seq 128, 0.56 ms."""
+"""Host seconds to bring the block mask into the kernel's form, five sorts and what belongs to them
+(convert_blockmask of flash_blocksparse_attn_interface.py), for which the kernel waits; done in each
+forward call where there is no padding mask. One row: bsflash fwd, no mask, seq 128, 0.56 ms."""
 
 UNITS: Final = {PYTORCH: 10, FLASH: 11}
 """Arrays of q's size alive at the peak. Both: q, k, v, o and the gradients of all four. pytorch: k
@@ -86,13 +89,13 @@ ACCUMULATOR_UNITS: Final = 2
 """flash, where there is more than one block of keys: o or dq in fp32."""
 STATISTICS: Final = 2
 """flash: fp32 numbers a row, the logsumexp and D = rowsum(dO * O)."""
-KEY_BLOCK: Final = 256
-"""Keys of a block of the authors' kernel at head_dim 64."""
+QUERY_BLOCK, KEY_BLOCK = 16, 256
+"""Queries and keys of a block of the authors' kernel and of its masks, at head_dim 64."""
 SRAM_BYTES: Final = 192 * 1024
 """M of the paper on an A100 (section 2.1)."""
 ROOM_BYTES: Final = 2**20
 """Fast memory that holds the paper's blocks: it counts scores and accumulators outside M."""
-MASK: Final = dtype("fp8_e4m3")
+BYTE: Final = FP8
 """A byte an element, as PyTorch's boolean masks."""
 
 
@@ -135,7 +138,9 @@ def evaluate_flash_attention(claim: Claim) -> Value:
     quantity = claim.quantity.casefold()
     if "hbm accesses" in quantity:
         return _growth(claim)
-    if "accuracy" in quantity or "training speedup" in quantity or "lra" in quantity:
+    if "accuracy" in quantity:
+        not_modelled("time to an accuracy depends on how many steps it takes")
+    if "training speedup" in quantity or "lra" in quantity:
         not_modelled("setting incomplete: no batch, nor which kernels the baseline fuses")
     if "hbm read+write" in quantity:
         impl = FLASH if "flash" in quantity else PYTORCH
@@ -209,19 +214,17 @@ def device_seconds(call: Call, part: str, on: Device) -> float:
     if call.impl in (FLASH, SPARSE):
         return _fused_seconds(call, part, on)
     kernels = unfused(call, part)
-    return sum(times * _one(Stage(name, op), on) for name, op, times in kernels)
-
-
-def _one(stage: Stage, on: Device) -> float:
-    run = Conditions(kernel=stage.kernel)
-    return float(predict(stage.op, on=on, conditions=run).seconds)
+    return sum(slowness * ops_seconds([op], on) for op, slowness in kernels)
 
 
 def _fused_seconds(call: Call, part: str, on: Device) -> float:
     op = fused(call, part)
-    seconds = SLOWNESS[part] * float(predict(op, on=on).seconds)
+    (kernel,) = predict(op, on=on).parts
+    launch = float(kernel.prediction.terms["launch"])
+    slowness = SLOWNESS[part]
     if call.impl == SPARSE and part == BACKWARD:
-        seconds *= SPARSE_SLOWNESS[call.masked]
+        slowness *= SPARSE_SLOWNESS[call.masked]
+    seconds = launch + slowness * (float(kernel.prediction.seconds) - launch)
     if call.dropout:
         rate = on.vector_rate_flops_per_s(FP32)
         if rate is None:
@@ -235,25 +238,23 @@ def fused(call: Call, part: str) -> AttentionOp:
     """The op of a fused pass; a block mask's sequence is padded to whole blocks."""
     if call.impl == FLASH:
         return call.of(FlashAttention1 if part == FORWARD else FlashAttention1Backward)
-    block = min(KEY_BLOCK, call.seq)
+    block = min(KEY_BLOCK, int(ceil_div(call.seq, QUERY_BLOCK)) * QUERY_BLOCK)
     kind = BlockSparseAttention if part == FORWARD else BlockSparseAttentionBackward
-    return call.of(
-        kind, len_q=int(ceil_div(call.seq, block)) * block, block_q=min(16, block), block_k=block
-    )
+    padded = int(ceil_div(call.seq, block)) * block
+    return call.of(kind, len_q=padded, block_q=QUERY_BLOCK, block_k=block)
 
 
-def unfused(call: Call, part: str) -> list[tuple[str, Op, float]]:
+def unfused(call: Call, part: str) -> list[tuple[Op, float]]:
     """The kernels of one pass, each with how much longer it takes than today's."""
     kind = StandardAttention if part == FORWARD else StandardAttentionBackward
     slow = PRODUCTS_SLOWNESS if part == BACKWARD else 1.0
-    kernels: list[tuple[str, Op, float]] = [
-        (stage.name, stage.op, 1.0 if stage.name == "softmax" else slow)
-        for stage in call.of(kind).stages()
+    kernels: list[tuple[Op, float]] = [
+        (stage.op, 1.0 if stage.name == "softmax" else slow) for stage in call.of(kind).stages()
     ]
     flat = _map(call)
     if call.masked and call.impl == PYTORCH:
-        kernels.append(("fill", flat, FILL_SLOWNESS))
-        kernels += [("copy", flat, 1.0)] * (FILL_COPIES * (part == BACKWARD))
+        kernels.append((flat, FILL_SLOWNESS))
+        kernels += [(flat, 1.0)] * (FILL_COPIES * (part == BACKWARD))
     return kernels + (_dropout(call) if call.dropout else [])
 
 
@@ -261,10 +262,10 @@ def _map(call: Call) -> Elementwise:
     return Elementwise(num_elements=call.num_scores, dtype=call.dtype)
 
 
-def _dropout(call: Call) -> list[tuple[str, Op, float]]:
+def _dropout(call: Call) -> list[tuple[Op, float]]:
     """Scores in and out, and a byte each of the mask that is kept."""
-    mask = Elementwise(num_elements=call.num_scores, num_inputs=0, dtype=MASK)
-    return [("dropout", _map(call), 1.0), ("mask of dropout", mask, 1.0)]
+    mask = Elementwise(num_elements=call.num_scores, num_inputs=0, dtype=BYTE)
+    return [(_map(call), 1.0), (mask, 1.0)]
 
 
 def num_calls(call: Call, part: str) -> int:
@@ -322,7 +323,7 @@ def moved_bytes(call: Call) -> float:
         for kind in (StandardAttention, StandardAttentionBackward)
         for stage in call.of(kind).stages()
     ]
-    kernels += [op for _, op, _ in 2 * _dropout(call)]
+    kernels += [op for op, _ in 2 * _dropout(call)]
     return sum(float(op.compulsory_bytes()) for op in [*kernels, _map(call)])
 
 

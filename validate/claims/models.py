@@ -45,6 +45,7 @@ MODELS: Final[Mapping[str, TransformerConfig]] = {
     "llama-2-7b": _LLAMA_7B, "llama2-7b": _LLAMA_7B, "vicuna-7b": _LLAMA_7B, "llama-7b": _LLAMA_7B,
     "llama-2-7b-32k": _LLAMA_7B,  # togethercomputer: longer positions, same sizes
     "llama-2-13b": _LLAMA_13B, "llama2-13b": _LLAMA_13B, "vicuna-13b": _LLAMA_13B,
+    "llava-1.5-7b": _LLAMA_7B,  # its language model is Vicuna-7B
     "codellama-7b": _LLAMA_7B, "codellama-13b": _LLAMA_13B,
     "codellama-34b": _llama("codellama-34b", 48, 8192, 64, 8, 22016),
     "llama-2-70b": _llama("llama-2-70b", 80, 8192, 64, 8, 28672),

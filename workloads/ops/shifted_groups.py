@@ -3,7 +3,8 @@
 S^2-Attn (Chen et al. 2023, arXiv 2309.12307, algorithm 1) cuts N positions into g groups of
 G = N / g and attends within each; the second half of the heads first rolls the sequence by G / 2,
 so that their groups straddle the others' borders. SinkLoRA (Zhang 2024, arXiv 2406.05678,
-section 3) rolls the outputs back into place and lets every query see the first `num_sinks` tokens besides:
+section 3) rolls the outputs back into place and lets every query see the first `num_sinks` tokens
+besides:
 
     pairs   H (N (G + 1) / 2 + (N - G) num_sinks)     of N (N + 1) / 2 a head: 1 / g and a little
 
