@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -85,7 +84,8 @@ def family_members(
 ) -> tuple[list[str], list[str]]:
     """The modelled systems of a family that the parameters suffice for, and the others.
 
-    A system takes part that has the swept parameter and needs no other than those given.
+    A system takes part that has the swept parameter, needs no other than those given, and is
+    possible with them.
     """
     from workloads import registry
 
@@ -95,29 +95,36 @@ def family_members(
     if family not in known:
         raise UnknownNameError("family", family, known, "see `ridgeplan systems`")
     names = [registry.resolve(s.id) for s in registry.systems() if s.family == family and s.op]
-    keys = [key.rpartition(".")[2] for key, _ in pairs(params)]
-    chosen = [name for name in dict.fromkeys(names) if _suffices(name, keys, over)]
+    chosen = [name for name in dict.fromkeys(names) if _can_be_asked(name, list(params), over)]
     return chosen, [name for name in dict.fromkeys(names) if name not in chosen]
 
 
-def say_left_out(left_out: Sequence[str], family: str | None) -> None:
-    """Name on stderr the systems of a family that the parameters do not suffice for."""
-    if left_out:
-        print(
-            f"ridgeplan: note: {len(left_out)} systems of {family} need other parameters: "
-            f"{', '.join(left_out)}",
-            file=sys.stderr,
-        )
+def left_out_text(left_out: Sequence[str], family: str | None) -> str:
+    """Which systems of a family the parameters do not suffice for; nothing where they all do."""
+    if not left_out:
+        return ""
+    return f"{len(left_out)} systems of {family} need other parameters: {', '.join(left_out)}."
 
 
-def _suffices(name: str, keys: Sequence[str], over: Over | None) -> bool:
-    from workloads import registry
-
-    words = [*keys, *([over.key] if over else [])]
+def _can_be_asked(name: str, params: Sequence[str], over: Over | None) -> bool:
+    """Does the op have what is swept, and is it possible with those of the parameters it has?"""
+    own = [p for p in params if "." not in p.partition("=")[0]]
+    own = [p for p in own if _fields_or_nothing(name, p.partition("=")[0])]
     if over is not None and not _fields_or_nothing(name, over.key):
         return False
-    given = {field for word in words for field in _fields_or_nothing(name, word)}
-    return all(p.name in given for p in registry.params(name).values() if p.required)
+    try:
+        ops_asked([name], [*own, *_addressed_to(name, params)], over)
+    except InputError:
+        return False
+    return True
+
+
+def _addressed_to(name: str, params: Sequence[str]) -> list[str]:
+    """The parameters that are for that op alone."""
+    from workloads import registry
+
+    owners = ((p, p.partition("=")[0].rpartition(".")[0]) for p in params)
+    return [p for p, owner in owners if owner and registry.resolve(owner) == name]
 
 
 def parse_over(text: str, names: Sequence[str]) -> Over:

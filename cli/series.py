@@ -135,7 +135,11 @@ def _basis_text(series: Series) -> str:
         "mean": f"mean of {len(donors)} other architectures",
         "nominal": "nominal constants, never calibrated",
     }[found.basis.scope]
-    return f"{text}, general path for {series.op_name}" if found.model == "general" else text
+    models = found.model.split("+")
+    if "general" not in models:
+        return text
+    some = "part of " if len(models) > 1 else ""
+    return f"{text}, general path for {some}{series.op_name}"
 
 
 def _told(series: Series) -> dict[str, str]:

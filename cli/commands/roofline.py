@@ -45,7 +45,7 @@ def roofline(
     from cli.charts.picture import asked_for, rendered
     from cli.files import check_writable, write_all
     from cli.progress import patience
-    from cli.questions import family_members, parse_over, say_left_out
+    from cli.questions import family_members, left_out_text, parse_over
     from cli.roofs import by_device, place_of, roofs_of
     from cli.series import ask_all
     from simulator.estimate import BOUND
@@ -60,7 +60,6 @@ def roofline(
     members, left_out = family_members(family, param or [], swept)
     if not (own or members):
         raise InputError("name ops, or a family of systems with --family")
-    say_left_out(left_out, family)
     chosen = list(dict.fromkeys([*own, *members]))
     series = by_device(ask_all(chosen, device, param or [], swept, BOUND))
     if len(series) > MAX_DEVICES:
@@ -78,18 +77,23 @@ def roofline(
             contents = {path: rendered(figure, path.suffix) for path in pictures}
     write_all(contents)
     if as_json:
-        _print_json(panels, swept)
+        _print_json(panels, swept, left_out)
     else:
         _show(panels, swept)
+        if left_out:
+            show.console().print(left_out_text(left_out, family))
         for path in contents:
             print(f"wrote {path}")
 
 
-def _print_json(panels: Sequence[tuple[Roofs, Sequence[Place]]], over: Over | None) -> None:
+def _print_json(
+    panels: Sequence[tuple[Roofs, Sequence[Place]]], over: Over | None, left_out: Sequence[str]
+) -> None:
     show.print_json(
         {
             "over": None if over is None else {"param": over.key, "values": over.values},
             "devices": [roofs.document() for roofs, _ in panels],
+            "left_out": list(left_out),
             "places": [place.document() for _, places in panels for place in places],
         }
     )

@@ -50,14 +50,14 @@ def scaling(
 
     \b
     Examples:
-      ridgeplan scaling attention flash_attention_2 streaming_llm -p heads=32 -p dim=128
+      ridgeplan scaling flash_attention_2 streaming_llm -p heads=32 -p dim=128 -p window=1000
       ridgeplan scaling flash_attention_2 --family sparse_attention -p heads=32 -p dim=128
-      ridgeplan scaling decode_attention --over seq_kv=4k:1M:x2 -p heads=32 -p dim=128 --out d.html
+      ridgeplan scaling decode_attention h2o --over seq_kv=4k:1M:x2 -p heads=32 -p dim=128
     """
     from cli.charts.picture import asked_for
     from cli.files import check_writable, write_all
     from cli.progress import patience
-    from cli.questions import say_left_out
+    from cli.questions import left_out_text
     from cli.series import crossovers
 
     pictures = asked_for(html, out)
@@ -65,7 +65,6 @@ def scaling(
     with patience("estimating"):
         series, swept, left_out = _asked(names or [], family, device, param or [], over, rung)
         crossings = crossovers(series)
-    say_left_out(left_out, family)
     contents: dict[Path, bytes] = {}
     if pictures:
         with patience("drawing"):
@@ -74,7 +73,7 @@ def scaling(
     if as_json:
         show.print_json(_document(series, swept, crossings, left_out))
         return
-    _show(series, swept, crossings)
+    _show(series, swept, crossings, left_out_text(left_out, family))
     for path in contents:
         print(f"wrote {path}")
 
@@ -140,7 +139,7 @@ def _document(
     }
 
 
-def _show(series: list[Series], over: Over, crossings: Sequence[Crossover]) -> None:
+def _show(series: list[Series], over: Over, crossings: Sequence[Crossover], left_out: str) -> None:
     from cli.series import caption, rungs_text
 
     out = show.console()
@@ -160,6 +159,8 @@ def _show(series: list[Series], over: Over, crossings: Sequence[Crossover]) -> N
             f"on {c.device}"
         )
     out.print(f"{rungs_text(series)}.")
+    if left_out:
+        out.print(left_out)
 
 
 def _picked(number: int) -> list[int]:
