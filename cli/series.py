@@ -100,7 +100,7 @@ def rungs_text(series: Sequence[Series]) -> str:
         said.setdefault(_basis_text(s), {})[s.device_id] = None
     parts = [f"{', '.join(devices)}: {text}" for text, devices in said.items()]
     rungs = "/".join(sorted({s.estimate.rung for s in series}))
-    return f"Rung {rungs}, with 80 % intervals. {'; '.join(parts)}"
+    return f"Rung {rungs}, with 80 % intervals. {'; '.join(parts)}{_general_text(series)}"
 
 
 def faster_frac(series: Sequence[Series]) -> NDArray[np.float64] | None:
@@ -135,11 +135,18 @@ def _basis_text(series: Series) -> str:
         "mean": f"mean of {len(donors)} other architectures",
         "nominal": "nominal constants, never calibrated",
     }[found.basis.scope]
-    models = found.model.split("+")
-    if "general" not in models:
-        return text
-    some = "part of " if len(models) > 1 else ""
-    return f"{text}, general path for {some}{series.op_name}"
+    return text
+
+
+def _general_text(series: Sequence[Series]) -> str:
+    """Which ops the general path times, wholly or in part; nothing where none."""
+    found: dict[str, dict[str, None]] = {}
+    for s in series:
+        models = s.estimate.prediction.model.split("+") if s.estimate.prediction else []
+        if "general" in models:
+            found.setdefault("part of " if len(models) > 1 else "", {})[s.op_name] = None
+    parts = [f"{some}{', '.join(names)}" for some, names in sorted(found.items())]
+    return f"; general path for {' and for '.join(parts)}" if parts else ""
 
 
 def _told(series: Series) -> dict[str, str]:

@@ -166,7 +166,15 @@ def test_keys_that_fit_together_spare_the_rereading() -> None:
     apart, together = op.work(SM_BYTES), op.work(50 * 2**20)
     state = 64 * 2 + 64 * 2 + 8
     assert apart.read_bytes - together.read_bytes == 3 * 4096 * state
+    assert apart.write_bytes - together.write_bytes == 3 * 4096 * (64 * 2 + 8)
     assert apart.flops == together.flops
+
+
+def test_a_block_that_does_not_fit_is_cut_into_parts() -> None:
+    op = BlockSparseAttentionBackward(num_heads=1, len_q=4096, head_dim=128)
+    whole, halves = (op.tiling(fast)["bc"] for fast in (2**19, 2**18))
+    assert (whole, halves) == (256, 128)
+    assert op.work(2**18).write_bytes - op.work(2**19).write_bytes == 4096 * 128 * 2
 
 
 @pytest.mark.parametrize(

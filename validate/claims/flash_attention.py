@@ -219,12 +219,12 @@ def device_seconds(call: Call, part: str, on: Device) -> float:
 
 def _fused_seconds(call: Call, part: str, on: Device) -> float:
     op = fused(call, part)
-    (kernel,) = predict(op, on=on).parts
-    launch = float(kernel.prediction.terms["launch"])
+    kernel = predict(op, on=on).parts[0].prediction
+    launch = float(kernel.terms["launch"])
     slowness = SLOWNESS[part]
     if call.impl == SPARSE and part == BACKWARD:
         slowness *= SPARSE_SLOWNESS[call.masked]
-    seconds = launch + slowness * (float(kernel.prediction.seconds) - launch)
+    seconds = launch + slowness * (float(kernel.seconds) - launch)
     if call.dropout:
         rate = on.vector_rate_flops_per_s(FP32)
         if rate is None:

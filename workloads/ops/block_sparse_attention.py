@@ -8,9 +8,10 @@ modulo n_k where n_k is no power of two. c is a constant of the mask, so that al
 compulsory ones are linear in the sequence. With N = len_q = len_kv and N^2 d s of the paper's
 s = c block_k / N, a head moves, besides statistics,
 
-    forward  2 N d + (1 + 3 c) N d,   backward  4 N d + (1 + 5 c) N d      elements,
+    forward  2 N d + (3 c - 1) N d,   backward  4 N d + (5 c - 1) N d      elements,
 
-and where K and V of a head fit fast memory together, c becomes 1.
+as sums start afresh at the first block that a query sees, which the kernel's lists mark. Where K
+and V of a head fit fast memory together, c becomes 1.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ import numpy as np
 
 from hwmodels.errors import InputError
 from workloads.machine import Values, slices
-from workloads.numeric import Num, any_true, ceil_div, minimum, where
+from workloads.numeric import Num, any_true, ceil_div, floor, minimum, where
 from workloads.op import Arrays, Stage, require_fit
 from workloads.ops.attention import Sizes
+from workloads.ops.elementwise import Elementwise
 from workloads.ops.flash_attention import FlashAttention2
 from workloads.ops.flash_attention_1 import (
     KERNEL,
@@ -34,9 +36,13 @@ from workloads.ops.flash_attention_1 import (
     Panel,
     Step,
     Sums,
+    Visit,
 )
 from workloads.ops.flash_attention_backward import FlashAttention2Backward
 from workloads.ops.top_k import INDEX
+
+PARTS = (16, 8, 4, 2, 1)
+"""Parts that a block of the mask may be cut into along its keys, to fit fast memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +54,7 @@ class _Butterfly(KeyOuterAttention):
     """
 
     cheaper: ClassVar[tuple[str, ...]] = ("block_q", "block_k")
+    clears: ClassVar[bool] = False
     keys_per_query: Num = 256
     block_q: Num = 16
     block_k: Num = 256
@@ -106,6 +113,17 @@ class _Butterfly(KeyOuterAttention):
         """The paper's s."""
         return self.kept_keys / self.len_q
 
+    def traffic(self) -> Stage:
+        """What the loops move where keys are held block by block, under the products.
+
+        Q and its sums come and go with every block that a query sees.
+        """
+        tiles = {"br": self.bq, "bc": self.bk, "held": 1}
+        in_and_out = 2 * self.dtype.bytes_per_element
+        moved = floor(self.counts(self.sums(tiles)).bytes / in_and_out) + 1
+        stream = Elementwise(num_elements=moved, dtype=self.dtype)
+        return Stage("traffic", stream, beside=True)
+
     def num_pairs(self) -> Num:
         """(query, key) pairs of one head in blocks that are not zero."""
         return self.len_q * self.kept_keys
@@ -118,16 +136,34 @@ class _Butterfly(KeyOuterAttention):
         }  # fmt: skip
 
     def tiling(self, fast_bytes: Num) -> Mapping[str, Num]:
-        """The mask's blocks, and how many key blocks are `held` together: one, or all."""
-        one, several = self._tile_bytes(1), self._tile_bytes(self.num_key_blocks)
-        require_fit(self.name, fast_bytes, one, "one block of the mask")
-        held = where(several <= fast_bytes, self.num_key_blocks, 1)
-        return {"br": self.bq, "bc": self.bk, "held": held}
+        """Queries `br` and keys `bc` of a tile, and how many key tiles are `held` together.
 
-    def _tile_bytes(self, held: Num) -> Num:
+        A tile is a block of the mask, or where that does not fit a half, a quarter, ... of its
+        keys. All keys are held where they fit.
+        """
+        parts: Num = 0
+        for count in PARTS:
+            divides = self.bk % count == 0
+            parts = where(divides & (self._tile_bytes(1, count) <= fast_bytes), count, parts)
+        if any_true(np.equal(parts, 0)):
+            least = self._tile_bytes(1, 1)
+            for count in PARTS:
+                least = where(
+                    self.bk % count == 0, minimum(least, self._tile_bytes(1, count)), least
+                )
+            require_fit(self.name, fast_bytes, least, "one part of a block of the mask")
+        together = self._tile_bytes(self.num_key_blocks, 1) <= fast_bytes
+        return {
+            "br": self.bq,
+            "bc": self.bk // parts,
+            "held": where(together, self.num_key_blocks, 1),
+        }
+
+    def _tile_bytes(self, held: Num, parts: Num) -> Num:
         lists = held * self._listed_per_block * INDEX.bytes_per_element
-        scores = self.bq * (self.row_bytes + self.bk * self.score_bytes)
-        return lists + held * self.bk * self.key_bytes + scores
+        keys = self.bk / parts
+        scores = self.bq * (self.row_bytes + keys * self.score_bytes)
+        return lists + held * keys * self.key_bytes + scores
 
     @property
     def _listed_per_block(self) -> Num:
@@ -136,32 +172,33 @@ class _Butterfly(KeyOuterAttention):
 
     def sums(self, tiles: Mapping[str, Num]) -> Sums:
         """What `panels` adds up to; every key block is seen by as many queries as it has keys."""
-        rows = self.len_q * self.kept_blocks
-        together = tiles["held"] >= self.num_key_blocks
+        parts = self.bk // tiles["bc"]
+        rows = self.len_q * self.kept_blocks * parts
+        together = tiles["held"] >= self.num_key_blocks * parts
         return Sums(
             rows=rows,
             loads=where(together, self.len_q, rows),
             area=self.num_pairs(),
             masked=0,
-            listed=self.num_key_blocks * self._listed_per_block,
+            listed=self.num_key_blocks * self._listed_per_block * parts,
         )
 
     def panels(self, s: Sizes, tiles: Mapping[str, int]) -> Iterator[Panel]:
-        """Key blocks in order, each with the query blocks that see it."""
-        br, cols = tiles["br"], slices(s.len_q, tiles["bc"])
-        mask, entries = self.mask(), int(self._listed_per_block)
-        per_block = tiles["bc"] // br
+        """Key tiles in order, each with the query blocks that see it."""
+        cols, entries = slices(s.len_q, tiles["bc"]), int(self._listed_per_block)
+        parts, per_block = int(self.bk) // tiles["bc"], int(self.bk) // tiles["br"]
+        mask = np.repeat(self.mask(), parts, axis=1)
+        first = mask.argmax(axis=1)
         for start in range(0, len(cols), tiles["held"]):
-            blocks = range(start, start + tiles["held"])
+            held = range(start, start + tiles["held"])
             visits = []
-            for row, rows in enumerate(slices(s.len_q, br)):
-                seen = mask[row // per_block]
-                steps: list[Step] = [(b - start, None) for b in blocks if seen[b]]
+            for row, rows in enumerate(slices(s.len_q, tiles["br"])):
+                block = row // per_block
+                steps: list[Step] = [(b - start, None) for b in held if mask[block, b]]
                 if steps:
-                    visits.append((rows, steps))
-            yield Panel(
-                [cols[b] for b in blocks], visits, slice(start * entries, blocks.stop * entries)
-            )
+                    visits.append(Visit(rows, steps, fresh=bool(first[block] >= start)))
+            part = slice(start // parts * entries, (held.stop - 1) // parts * entries + entries)
+            yield Panel([cols[b] for b in held], visits, part)
 
     def mask(self) -> Values:
         """The butterfly over blocks: [n_k, n_k], c ones a row and a column.
@@ -203,16 +240,17 @@ class BlockSparseAttention(_Butterfly):
     >>> op = BlockSparseAttention(num_heads=8, len_q=65536, head_dim=64)
     >>> op.kept_frac, op.min_flops()[op.dtype] == 4 * 8 * 65536 * 256 * 64
     (0.00390625, True)
-    >>> rows = 8 * 65536                     # K, V once, Q once, O cleared, read, written; l, m
-    >>> op.work(256 * 1024).bytes == rows * (6 * 64 * 2 + 4 * 6) + 8 * (65536 // 16) * 4
+    >>> rows = 8 * 65536                                # Q, K, V read once, O, l and m written
+    >>> op.work(256 * 1024).bytes == rows * (4 * 64 * 2 + 8) + 8 * (65536 // 16) * 4
     True
     """
 
     name: ClassVar[str] = "block_sparse_attention"
 
     def stages(self) -> tuple[Stage, ...]:
-        """Timed as short attentions, one for each block of block_k queries."""
-        return (Stage("attend", FlashAttention2(**self.dense()), kernel=KERNEL),)
+        """Timed as short attentions, one for each block of block_k queries, over the traffic."""
+        attend = Stage("attend", FlashAttention2(**self.dense()), kernel=KERNEL)
+        return (attend, self.traffic())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,4 +267,5 @@ class BlockSparseAttentionBackward(KeyOuterBackward, _Butterfly):
     def stages(self) -> tuple[Stage, ...]:
         """Timed as short attentions: every block of keys meets as many queries as it has keys."""
         fields = self.dense() | {"len_q": self.kept_keys, "len_kv": self.bk}
-        return (Stage("attend", FlashAttention2Backward(**fields), kernel=KERNEL),)
+        attend = Stage("attend", FlashAttention2Backward(**fields), kernel=KERNEL)
+        return (attend, self.traffic())

@@ -40,6 +40,8 @@ from workloads.work import Work
 
 KERNEL = "fa1"
 """What the kernel models call it."""
+EMPTY = (("o", 0.0), ("l", 0.0), ("m", -np.inf))
+"""O and its statistics before the first key."""
 
 Step: TypeAlias = tuple[int, Values | None]
 """One of the held key blocks, and what of it the rows see (None: all)."""
@@ -60,17 +62,31 @@ class Sums(NamedTuple):
     listed: Num = 0
 
 
+class Visit(NamedTuple):
+    """A query block, the steps it takes, and whether its sums start afresh, not read back."""
+
+    rows: slice
+    steps: list[Step]
+    fresh: bool = False
+
+
 class Panel(NamedTuple):
     """Key blocks held together, the query blocks that meet them, the part of the list read."""
 
     cols: list[slice]
-    visits: list[tuple[slice, list[Step]]]
+    visits: list[Visit]
     listed: slice | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeyOuterAttention(AttentionOp):
-    """Both passes of an attention whose outer loop runs over keys, whichever blocks it visits."""
+    """Both passes of an attention whose outer loop runs over keys, whichever blocks it visits.
+
+    `clears`: what the inner loop adds to is cleared in slow memory first, by a kernel of its own;
+    else a query block starts afresh at the first key block it meets.
+    """
+
+    clears: ClassVar[bool] = True
 
     @abstractmethod
     def sums(self, tiles: Mapping[str, Num]) -> Sums:
@@ -122,18 +138,18 @@ class KeyOuterAttention(AttentionOp):
         rows = self.batch * self.num_heads * self.len_q
         return super().compulsory_bytes() + 2 * FP32_BYTES * rows
 
-    def work(self, fast_bytes: Num) -> Work:
+    def counts(self, sums: Sums) -> Work:
         """With `Sums` over key blocks, per K and V head and G heads:
 
             reads   len_kv (d + dv) e + 4 listed + G loads ((d + dv) e + 8)
             writes  G (len_q + loads) (dv e + 8)          O, l and m are cleared first
+                    (else len_q rows of O, l and m less are read and written)
             tensor  2 G area (d + dv)
             vector  G (4 area + 2 masked + (4 + 3 dv) rows),  special G (area + 2 rows)
 
         Per score: scale, maximum, subtract, sum, one exp; two more to mask. Per row and block: O
         times l, the update of maximum, sum and O, O over the new l.
         """
-        sums = self.sums(self.tiling(fast_bytes))
         d, dv, e = self.head_dim, self.value_dim, self.dtype.bytes_per_element
         heads, streams = self.batch * self.num_heads, self.streams
         state = dv * e + 2 * FP32_BYTES
@@ -143,10 +159,20 @@ class KeyOuterAttention(AttentionOp):
             vector_flops=heads
             * (4 * sums.area + MASK_FLOPS * sums.masked + (4 + 3 * dv) * sums.rows),
             special_ops=heads * (sums.area + 2 * sums.rows),
-            read_bytes=self.kv_elements() * e + lists + heads * sums.loads * (d * e + state),
-            write_bytes=heads * (self.len_q + sums.loads) * state,
-            launches=2,
+            read_bytes=self.kv_elements() * e
+            + lists
+            + heads * (sums.loads * d * e + self._read_back(sums) * state),
+            write_bytes=heads * (self.len_q * self.clears + sums.loads) * state,
+            launches=1 + self.clears,
         )
+
+    def work(self, fast_bytes: Num) -> Work:
+        """The counts of the loops with the blocks that fit."""
+        return self.counts(self.sums(self.tiling(fast_bytes)))
+
+    def _read_back(self, sums: Sums) -> Num:
+        """Rows whose sums are read, of `sums.loads`."""
+        return sums.loads if self.clears else sums.loads - self.len_q
 
     def reference(self, inputs: Arrays) -> Arrays:
         """NumPy, whole matrices at a time: O, and the maximum m and sum l of each row."""
@@ -171,17 +197,18 @@ class KeyOuterAttention(AttentionOp):
         lead = a["q"].values.shape[:3]
         a["o"] = machine.empty((*lead, s.dv), self.dtype)
         a["l"], a["m"] = machine.empty((*lead, 1), FP32), machine.empty((*lead, 1), FP32)
-        with machine.kernel():
-            for name, value in (("o", 0.0), ("l", 0.0), ("m", -np.inf)):
-                _clear(machine, a[name], value)
+        if self.clears:
+            with machine.kernel():
+                for name, value in EMPTY:
+                    _clear(machine, a[name], value)
         with machine.kernel():
             for place, panel in self._all_panels(s, tiles):
                 with machine.scope():
                     self._list(machine, a, panel)
                     held = [_load(machine, a, ("k", "v"), (place, cols)) for cols in panel.cols]
-                    for head, (rows, steps) in _visits(s, panel):
+                    for head, visit in _visits(s, panel):
                         with machine.scope():
-                            self._rows(machine, s, (place, head, rows), steps, held, a)
+                            self._rows(machine, s, (place, head, visit.rows), visit, held, a)
         return {n: a[n].values.reshape(s.batch, s.heads, s.len_q, -1) for n in ("o", "l", "m")}
 
     def _rows(
@@ -189,13 +216,14 @@ class KeyOuterAttention(AttentionOp):
         mc: Machine,
         s: Sizes,
         index: tuple[int, int, slice],
-        steps: list[Step],
+        visit: Visit,
         held: list[list[Tile]],
         a: Mapping[str, SlowArray],
     ) -> None:
         """One query block against the key blocks held that it meets."""
-        query, out, total, top = _load(mc, a, ("q", "o", "l", "m"), index)
-        for block, seen in steps:
+        (query,) = _load(mc, a, ("q",), index)
+        out, total, top = (_sums(mc, a[n], index, v, fresh=visit.fresh) for n, v in EMPTY)
+        for block, seen in visit.steps:
             key, value = held[block]
             with mc.scope():
                 scores = _scores(mc, s, query, key, seen, self.dtype)
@@ -268,29 +296,31 @@ class KeyOuterBackward(KeyOuterAttention):
         per_pair = 2 * (3 * self.head_dim + 2 * self.value_dim)
         return {self.dtype: self.batch * self.num_heads * self.num_pairs() * per_pair}
 
-    def work(self, fast_bytes: Num) -> Work:
+    def counts(self, sums: Sums) -> Work:
         """With `Sums` over key blocks, per K and V head and G heads:
 
             reads   len_kv (d + dv) e + 4 listed + G loads (2 (d + dv) e + 8)
             writes  len_kv (d + dv) e + G (len_q + loads) d e         dQ is cleared first
+                    (else len_q rows of dQ less are read and written)
             tensor  2 G area (3 d + 2 dv)
             vector  G (6 area + 2 masked + 2 dv loads),  special G (area + loads)
 
         Per score: scale, subtract m, times 1 / l, subtract D, times P, scale, one exp; two more to
         mask. Per row read: D = rowsum(dO * O), one reciprocal.
         """
-        sums = self.sums(self.tiling(fast_bytes))
         d, dv, e = self.head_dim, self.value_dim, self.dtype.bytes_per_element
         heads, kv_bytes = self.batch * self.num_heads, self.kv_elements() * e
         lists = self.streams * sums.listed * INDEX.bytes_per_element
-        per_load = 2 * (d + dv) * e + 2 * FP32_BYTES
+        per_load = (d + 2 * dv) * e + 2 * FP32_BYTES
         return Work(
             tensor_flops={self.dtype: 2 * heads * sums.area * (3 * d + 2 * dv)},
             vector_flops=heads * (6 * sums.area + MASK_FLOPS * sums.masked + 2 * dv * sums.loads),
             special_ops=heads * (sums.area + sums.loads),
-            read_bytes=kv_bytes + lists + heads * sums.loads * per_load,
-            write_bytes=kv_bytes + heads * (self.len_q + sums.loads) * d * e,
-            launches=2,
+            read_bytes=kv_bytes
+            + lists
+            + heads * (sums.loads * per_load + self._read_back(sums) * d * e),
+            write_bytes=kv_bytes + heads * (self.len_q * self.clears + sums.loads) * d * e,
+            launches=1 + self.clears,
         )
 
     def inputs(self, rng: np.random.Generator) -> Arrays:
@@ -325,8 +355,9 @@ class KeyOuterBackward(KeyOuterAttention):
         a = self._placed(machine, s, inputs)
         a["dq"] = machine.empty(a["q"].values.shape, self.dtype)
         a["dk"], a["dv"] = (machine.empty(a[n].values.shape, self.dtype) for n in ("k", "v"))
-        with machine.kernel():
-            _clear(machine, a["dq"], 0.0)
+        if self.clears:
+            with machine.kernel():
+                _clear(machine, a["dq"], 0.0)
         with machine.kernel():
             for stream, panel in self._all_panels(s, tiles):
                 with machine.scope():
@@ -345,9 +376,9 @@ class KeyOuterBackward(KeyOuterAttention):
         for cols in panel.cols:
             key, value = _load(mc, a, ("k", "v"), (stream, cols))
             held.append([key, value, mc.full(key.shape, 0.0), mc.full(value.shape, 0.0)])
-        for head, (rows, steps) in _visits(s, panel):
+        for head, visit in _visits(s, panel):
             with mc.scope():
-                self._rows(mc, s, (stream, head, rows), steps, held, a)
+                self._rows(mc, s, (stream, head, visit.rows), visit, held, a)
         for cols, (_, _, dk, dv) in zip(panel.cols, held, strict=True):
             mc.store(dk, a["dk"], (stream, cols))
             mc.store(dv, a["dv"], (stream, cols))
@@ -357,16 +388,17 @@ class KeyOuterBackward(KeyOuterAttention):
         mc: Machine,
         s: Sizes,
         index: tuple[int, int, slice],
-        steps: list[Step],
+        visit: Visit,
         held: list[list[Tile]],
         a: Mapping[str, SlowArray],
     ) -> None:
-        query, out, dout, dq, total, top = _load(mc, a, ("q", "o", "do", "dq", "l", "m"), index)
+        query, out, dout, total, top = _load(mc, a, ("q", "o", "do", "l", "m"), index)
+        dq = _sums(mc, a["dq"], index, 0.0, fresh=visit.fresh)
         inverse = mc.special(1 / total.values)
         product = mc.vector(dout.values * out.values)
         delta = mc.reduce("sum", product)
         mc.free(product)
-        for block, seen in steps:
+        for block, seen in visit.steps:
             key, value, dk, dv = held[block]
             with mc.scope():
                 p = _scores(mc, s, query, key, seen, self.dtype)
@@ -429,7 +461,7 @@ class _Dense(KeyOuterAttention):
                 rows = slice(start, min(start + br, s.len_q))
                 crossed = self.causal and cols.stop - 1 > start + off
                 seen = np.arange(cols.start, cols.stop) <= np.arange(s.len_q)[rows, None] + off
-                visits.append((rows, [(0, seen if crossed else None)]))
+                visits.append(Visit(rows, [(0, seen if crossed else None)]))
             yield Panel([cols], visits)
 
     def seen(self) -> Values:
@@ -477,7 +509,7 @@ class FlashAttention1Backward(KeyOuterBackward, _Dense):
 # ---- the programs' parts -------------------------------------------------------------------
 
 
-def _visits(s: Sizes, panel: Panel) -> Iterator[tuple[int, tuple[slice, list[Step]]]]:
+def _visits(s: Sizes, panel: Panel) -> Iterator[tuple[int, Visit]]:
     for head in range(s.group):
         for visit in panel.visits:
             yield head, visit
@@ -487,6 +519,15 @@ def _load(
     mc: Machine, a: Mapping[str, SlowArray], names: tuple[str, ...], index: tuple[int | slice, ...]
 ) -> list[Tile]:
     return [mc.load(a[name], index) for name in names]
+
+
+def _sums(
+    mc: Machine, array: SlowArray, index: tuple[int, int, slice], empty: float, *, fresh: bool
+) -> Tile:
+    """Sums so far: read back, or where they start afresh empty."""
+    if not fresh:
+        return mc.load(array, index)
+    return mc.full(array.values[index].shape, empty, array.dtype)
 
 
 def _scores(
