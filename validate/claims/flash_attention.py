@@ -4,9 +4,9 @@ Runtimes (tables 9 to 20) are of one attention call in PyTorch, forward, backwar
 
     T = max(sum of kernels, calls `CALL_S` + [both passes] `ENGINE_S`)
 
-`flash`, `bsflash` are one kernel a pass, that of a later FlashAttention 1 (label fa1) times how
-much slower the kernel of the paper was; dropout adds its random numbers. `pytorch` is a list of
-kernels: products, softmax, a boolean mask that is filled in and a dropout that keeps its mask;
+`flash`, `bsflash` are one kernel a pass, that of a later FlashAttention 1 (label figure:fa1) times
+how much slower the kernel of the paper was; dropout adds its random numbers. `pytorch` is a list
+of kernels: products, softmax, a boolean mask that is filled in and a dropout that keeps its mask;
 `megatron` fuses scale, mask and softmax. Peak memory (table 21) counts arrays, `UNITS`; bytes moved
 (figure 2) are the sum over the kernels of what each reads and writes, or the paper's algorithms 1
 and 4 with its own blocks.
@@ -48,7 +48,7 @@ FORWARD, BACKWARD, BOTH = "fwd", "bwd", "fwd+bwd"
 PASSES: Final = {FORWARD: (FORWARD,), BACKWARD: (BACKWARD,), BOTH: (FORWARD, BACKWARD)}
 
 SLOWNESS: Final = {FORWARD: 2.126, BACKWARD: 1.173}
-"""Time of the kernels of the paper (May 2022: one thread block a head) over that of the label fa1,
+"""Time of the kernels of the paper (May 2022: one thread block a head) over that of figure:fa1,
 which knows FlashAttention 1 of 2023 (thread blocks along the sequence as well), both without the
 launch. One row a pass: flash, no mask, seq 4096: 8.42 ms forward and 21.57 ms backward."""
 SPARSE_SLOWNESS: Final = {False: 1.316, True: 1.764}
