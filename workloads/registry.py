@@ -181,6 +181,22 @@ _OPS: Final[Mapping[str, Entry]] = {
     "associative_scan": Entry(
         "associative_scan", "AssociativeScan", "prefix scan of an associative operator"
     ),
+    "routing_attention": Entry(
+        "structured_attention", "RoutingAttention", "attention inside clusters routed by content"
+    ),
+    "combiner_attention": Entry(
+        "structured_attention", "CombinerAttention", "a local block, other blocks pooled"
+    ),
+    "fit_attention": Entry(
+        "structured_attention", "FitAttention", "groups, and latents that attend globally"
+    ),
+    "activated_attention": Entry(
+        "structured_attention", "ActivatedAttention", "chunks of the tokens a gate activates"
+    ),
+    "segmented_prefill": Entry(
+        "structured_attention", "SegmentedPrefill", "segments read apart, the best read again"
+    ),
+    "fusemax": Entry("fusemax", "FuseMax", "attention by the one-pass cascade of Einsums"),
     "linear_recurrence": Entry(
         "linear_recurrence",
         "LinearRecurrence",

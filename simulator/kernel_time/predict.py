@@ -170,7 +170,7 @@ def combined(parts: Sequence[tuple[bool, Any]], longer: Callable[[Any, Any], Any
 
 
 def _log(ratio: Num) -> Num:
-    return np.log(ratio) if isinstance(ratio, np.ndarray) else math.log(ratio)
+    return np.log(ratio) if isinstance(ratio, np.ndarray) else float(np.log(ratio))
 
 
 Resolved: TypeAlias = tuple[Basis, Mapping[str, float], bool, tuple[str, ...]]
