@@ -15,7 +15,7 @@ from simulator.kernel_time.basis import NOMINAL_Q80, NOMINAL_Q90, Basis, basis, 
 from simulator.kernel_time.model import USUAL, Conditions, KernelModel, KernelTime
 from simulator.kernel_time.rates import rates_of
 from simulator.kernel_time.registry import model_of
-from workloads.numeric import Num, maximum
+from workloads.numeric import Num, any_true, maximum
 from workloads.op import Op, Stage
 
 MODEL: Final = "model"
@@ -125,6 +125,7 @@ def _staged(
             stage.beside,
         )
         for stage in stages
+        if any_true(np.greater(stage.times, 0))  # a stage that never runs costs no prediction
     )
     terms = {part.name: part.prediction.seconds * part.times for part in parts}
     seconds = combined([(part.beside, terms[part.name]) for part in parts])
