@@ -181,20 +181,19 @@ _OPS: Final[Mapping[str, Entry]] = {
     "associative_scan": Entry(
         "associative_scan", "AssociativeScan", "prefix scan of an associative operator"
     ),
-    "routing_attention": Entry(
-        "structured_attention", "RoutingAttention", "attention inside clusters routed by content"
+    "routed_attention": Entry(
+        "routed_attention", "RoutedAttention", "attention inside clusters routed by content"
     ),
-    "combiner_attention": Entry(
-        "structured_attention", "CombinerAttention", "a local block, other blocks pooled"
+    "combiner": Entry(
+        "combiner", "Combiner", "attention to near keys, to the others through pooled spans"
     ),
     "fit_attention": Entry(
-        "structured_attention", "FitAttention", "groups, and latents that attend globally"
+        "fit_attention", "FitAttention", "attention in groups, and of latents of all groups"
     ),
-    "activated_attention": Entry(
-        "structured_attention", "ActivatedAttention", "chunks of the tokens a gate activates"
-    ),
+    "seqboat": Entry("seqboat", "SeqBoat", "gated attention of the tokens a gate switches on"),
+    "row_entropy": Entry("segmented_prefill", "RowEntropy", "entropy of each row's softmax"),
     "segmented_prefill": Entry(
-        "structured_attention", "SegmentedPrefill", "segments read apart, the best read again"
+        "segmented_prefill", "SegmentedPrefill", "segments read apart, the best read again"
     ),
     "fusemax": Entry("fusemax", "FuseMax", "attention by the one-pass cascade of Einsums"),
     "linear_recurrence": Entry(

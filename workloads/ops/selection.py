@@ -23,6 +23,14 @@ layer ('layer'). Systems, as presets of `SelectiveAttention` (workloads/data/sys
     squeezed_attention  Hooper et al. 2024 (arXiv 2411.09688, sections 3.2, 3.3): centroids of
                         clusters of 20 keys (5 % of them); `coarse` of these have a centroid above
                         them, and only those below the best `coarse_frac` are scored
+    longheads           Lu et al. 2024 (arXiv 2402.10685; LuLuLuyi/LongHeads): chunks of 256 keys
+                        under one representative, 16 of them a head and query, first and last
+                        always among them
+    infllm              Xiao et al. 2024 (arXiv 2402.04617; thunlp/InfLLM, its Mistral setting):
+                        blocks of 128 under the sum of 4 representative keys, scored by the mean of
+                        512 queries and the sum over heads; 16 blocks beside 128 first and 4096
+                        last tokens; `offload`: every block comes from the host (what its cache of
+                        recent blocks holds is data, and left out)
 
 The clusters' threshold (a calibrated percentile of the scores) is run as the top-k of the share it
 keeps, clusters of equal size. `len_local` keys more (a window, a user's input) are attended in full

@@ -5,13 +5,21 @@ from __future__ import annotations
 import pytest
 
 from validate.claims import structured
-from validate.claims.claim import Claim
-from validate.claims.evaluate import NOT_MODELLED, OFF, REPRODUCED, evaluate
+from validate.claims.claim import Claim, NotModelledError
+from validate.claims.evaluate import NOT_MODELLED, evaluate
 
 FORMULAS = {
     "longheads": "O(N k l d)", "routing_transformer": "nkd+n^2 d/k, k*=sqrt(n)",
     "combiner": "O(L log L) or O(L sqrt L)", "fit": "O(L^(4/3))",
     "seqboat_sma": "O(rL w d) linear inference",
+}  # fmt: skip
+
+WRONG = {
+    "longheads": ("O(N k d)", "attention does not grow as N k d"),
+    "routing_transformer": ("nkd+n^2 d/k, k=n^(1/3)", "least at k = n^0.500"),
+    "combiner": ("O(L sqrt L)", "logsparse grow otherwise"),
+    "fit": ("O(L^(5/4))", "O(L^1.33)"),
+    "seqboat_sma": ("O(L w d)", "attention does not grow as L w d"),
 }  # fmt: skip
 
 
@@ -24,24 +32,38 @@ def claim(system: str, published: object = None, **setting: object) -> Claim:
 
 @pytest.mark.parametrize(("system", "formula"), FORMULAS.items())
 def test_formulas_are_confirmed_by_the_counts(system: str, formula: str) -> None:
-    assert evaluate(claim(system, formula, formula=formula)).status == REPRODUCED
+    assert evaluate(claim(system, formula=formula)).predicted == formula
 
 
-def test_a_formula_of_another_order_is_not_confirmed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(structured, "_exponent", lambda flops: 2.0)
-    verdict = evaluate(claim("fit", FORMULAS["fit"], formula=FORMULAS["fit"]))
-    assert verdict.status == OFF and "exponents" in str(verdict.predicted)
-    other = evaluate(claim("fit", "O(L)", formula="O(L)"))
-    assert other.status == NOT_MODELLED and "no rule for the formula" in other.reason
+@pytest.mark.parametrize(("system", "wrong"), WRONG.items())
+def test_formulas_of_another_order_are_not(system: str, wrong: tuple[str, str]) -> None:
+    formula, found = wrong
+    assert evaluate(claim(system, formula, formula=formula)).predicted == found
+
+
+def test_a_class_is_told_from_its_neighbours() -> None:
+    lengths = [4**n for n in range(6, 13)]
+    assert structured.grows_as("L^(4/3)", lambda n: 2 * n ** (4 / 3) + 9 * n, lengths)
+    for other in ("L log L", "L sqrt L", "L^2"):
+        assert not structured.grows_as(other, lambda n: 2 * n ** (4 / 3) + 9 * n, lengths)
+
+
+def test_a_formula_that_names_no_size_is_given_up() -> None:
+    with pytest.raises(NotModelledError, match="formula 'N z'"):
+        structured.formula_at("N z", {"N": 4})
+    with pytest.raises(NotModelledError, match="names no class"):
+        structured.classes("linear")
+
+
+def ask(quantity: str, **setting: object) -> object:
+    one = Claim(id="fusemax", family="attention", quantity=quantity, unit="", kind="mfu",
+                published=None, setting=setting)  # fmt: skip
+    return structured.evaluate_fusemax(one)
 
 
 def test_fusemax_tells_passes_steps_and_utilisation() -> None:
-    def ask(quantity: str, **setting: object) -> object:
-        one = Claim(id="fusemax", family="attention", quantity=quantity, unit="", kind="mfu",
-                    published=1.0, setting=setting)  # fmt: skip
-        return structured.evaluate_fusemax(one)
-
     assert ask("passes over M rank") == (1.0, 3.0)
+    assert ask("passes over M rank", two_pass=0, flash2=0) == (1.0, 2.0)
     assert ask("artifact op costs per einsum") == (1.0, 7.0)
     assert ask("2D array utilisation", seq="long") == 1.0
     assert 0 < ask("2D array utilisation", seq=128) < 0.6  # type: ignore[operator]
@@ -52,7 +74,8 @@ def test_fusemax_tells_passes_steps_and_utilisation() -> None:
     [
         ("fusemax", {}, "no device of the catalogue"),
         ("routing_transformer", {"layers": 22}, "states a setting and no figure"),
-        ("xl3m", {"hw": "8x Ascend 910B"}, "in no catalogue"),
+        ("combiner", {}, "setting incomplete: no formula"),
+        ("xl3m", {"hw": "8x Ascend 910B"}, "no length follows from it"),
         ("infllm", {}, "setting incomplete"),
     ],
 )
