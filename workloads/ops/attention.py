@@ -207,6 +207,25 @@ def probabilities(op: AttentionOp, inputs: Arrays) -> tuple[Values, Values]:
     return exponentials / total, top + np.log(total)
 
 
+def gradients(s: Sizes, inputs: Arrays, p: Values) -> dict[str, Values]:
+    """dQ, dK, dV from `do` and P; naive: dS = P * (dP - rowsum(P * dP)), heads summed last."""
+    do = inputs["do"]
+    keys, values = (np.repeat(inputs[name], s.group, axis=1) for name in ("k", "v"))
+    dp = do @ values.swapaxes(-1, -2)
+    ds = p * (dp - (p * dp).sum(axis=-1, keepdims=True)) * s.scale
+
+    def over_group(per_head: Values) -> Values:
+        split = per_head.reshape(s.batch, s.kv_heads, s.group, s.len_kv, -1)
+        summed: Values = split.sum(axis=2)
+        return summed
+
+    return {
+        "dq": ds @ keys,
+        "dk": over_group(ds.swapaxes(-1, -2) @ inputs["q"]),
+        "dv": over_group(p.swapaxes(-1, -2) @ do),
+    }
+
+
 @dataclass(frozen=True, kw_only=True)
 class StandardAttention(AttentionOp):
     """Three kernels with S and P in slow memory, each in `dtype`: S = Q K^T, P = softmax, O = P V.

@@ -47,8 +47,8 @@ from workloads.numeric import (
 from workloads.op import Arrays, ProvedOp, Stage
 from workloads.ops.block_pool import BlockPool
 from workloads.ops.elementwise import Elementwise
-from workloads.ops.selection import Step
 from workloads.ops.shared_prefix import CombineParts
+from workloads.ops.staged import Step
 from workloads.ops.structured import StructuredAttention, attended
 
 FIXED, AXIAL, LOGSPARSE = "fixed", "axial", "logsparse"

@@ -26,7 +26,7 @@ from workloads.machine import Machine
 from workloads.numeric import Num, floor, log2, maximum, where
 from workloads.op import Arrays, Stage
 from workloads.ops.flash_attention import FlashAttention2
-from workloads.ops.selection import Step
+from workloads.ops.staged import Step
 from workloads.ops.structured import StructuredAttention, attended
 
 

@@ -31,7 +31,7 @@ from hwmodels.dtypes import FP32, DType
 from workloads.machine import Machine, SlowArray, Tile, Values, slices
 from workloads.numeric import Num, ceil_div, floor, maximum, minimum, sqrt, where
 from workloads.op import Arrays, Stage, require_fit
-from workloads.ops.attention import MASK_FLOPS, AttentionOp, Sizes
+from workloads.ops.attention import MASK_FLOPS, AttentionOp, Sizes, gradients
 from workloads.ops.flash_attention import FP32_BYTES, FlashAttention2, transposed
 from workloads.ops.flash_attention_backward import FlashAttention2Backward, key_sums
 from workloads.ops.softmax import online_update
@@ -330,24 +330,9 @@ class KeyOuterBackward(KeyOuterAttention):
         return {**forward, **left, "do": rng.standard_normal(left["o"].shape)}
 
     def reference(self, inputs: Arrays) -> Arrays:
-        """The chain rule on whole matrices: dS = P * (dP - rowsum(P * dP)), heads summed last."""
-        s, do = self.sizes(), inputs["do"]
+        """The chain rule on whole matrices."""
         p, total, _ = self.exponentials(inputs)
-        p = p / total
-        keys, values = (np.repeat(inputs[name], s.group, axis=1) for name in ("k", "v"))
-        dp = do @ values.swapaxes(-1, -2)
-        ds = p * (dp - (p * dp).sum(axis=-1, keepdims=True)) * s.scale
-
-        def over_group(per_head: Values) -> Values:
-            split = per_head.reshape(s.batch, s.kv_heads, s.group, s.len_kv, -1)
-            summed: Values = split.sum(axis=2)
-            return summed
-
-        return {
-            "dq": ds @ keys,
-            "dk": over_group(ds.swapaxes(-1, -2) @ inputs["q"]),
-            "dv": over_group(p.swapaxes(-1, -2) @ do),
-        }
+        return gradients(self.sizes(), inputs, p / total)
 
     def program(self, machine: Machine, inputs: Arrays) -> Arrays:
         """Clear dQ; then for each key block all query blocks that meet it."""

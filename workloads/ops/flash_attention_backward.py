@@ -14,10 +14,10 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 
 from hwmodels.dtypes import FP32, DType
-from workloads.machine import Machine, SlowArray, Tile, Values, slices
+from workloads.machine import Machine, SlowArray, Tile, slices
 from workloads.numeric import Num, any_true, ceil_div, floor, maximum, minimum, where
 from workloads.op import Arrays, require_fit
-from workloads.ops.attention import MASK_FLOPS, AttentionOp, Sizes, probabilities
+from workloads.ops.attention import MASK_FLOPS, AttentionOp, Sizes, gradients, probabilities
 from workloads.ops.flash_attention import (
     FP32_BYTES,
     GRANULE,
@@ -162,23 +162,8 @@ class FlashAttention2Backward(AttentionOp):
         return {**forward, "do": rng.standard_normal(o.shape), "o": o, "lse": lse}
 
     def reference(self, inputs: Arrays) -> Arrays:
-        """The chain rule on whole matrices: dS = P * (dP - rowsum(P * dP)), heads summed last."""
-        s, do = self.sizes(), inputs["do"]
-        p = probabilities(self, inputs)[0]
-        keys, values = (np.repeat(inputs[name], s.group, axis=1) for name in ("k", "v"))
-        dp = do @ values.swapaxes(-1, -2)
-        ds = p * (dp - (p * dp).sum(axis=-1, keepdims=True)) * s.scale
-
-        def over_group(per_head: Values) -> Values:
-            split = per_head.reshape(s.batch, s.kv_heads, s.group, s.len_kv, -1)
-            summed: Values = split.sum(axis=2)
-            return summed
-
-        return {
-            "dq": ds @ keys,
-            "dk": over_group(ds.swapaxes(-1, -2) @ inputs["q"]),
-            "dv": over_group(p.swapaxes(-1, -2) @ do),
-        }
+        """The chain rule on whole matrices."""
+        return gradients(self.sizes(), inputs, probabilities(self, inputs)[0])
 
     def program(self, machine: Machine, inputs: Arrays) -> Arrays:
         """The three kernels on packed rows; `a` holds every array in slow memory by name."""

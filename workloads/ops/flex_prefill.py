@@ -29,8 +29,9 @@ from workloads.op import Arrays, ProvedOp, Stage
 from workloads.ops.block_pool import BlockPool
 from workloads.ops.key_scores import KeyScores
 from workloads.ops.selected_attention import SelectedAttention
-from workloads.ops.selection import SparseOp, Step, rounded
+from workloads.ops.selection import SparseOp, rounded
 from workloads.ops.softmax import Softmax
+from workloads.ops.staged import Step
 from workloads.ops.top_k import TopK
 
 POOLED, VERTICAL_SLASH = "pooled", "vertical_slash"

@@ -30,7 +30,7 @@ from workloads.op import Arrays, Stage
 from workloads.ops.elementwise import Elementwise
 from workloads.ops.flash_attention import FlashAttention2
 from workloads.ops.matmul import BatchedMatmul
-from workloads.ops.selection import Step
+from workloads.ops.staged import Step
 from workloads.ops.structured import StructuredAttention, attended, moved
 from workloads.ops.top_k import TopK
 

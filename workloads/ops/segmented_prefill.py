@@ -35,8 +35,9 @@ from workloads.ops.block_pool import BlockPool
 from workloads.ops.elementwise import Elementwise
 from workloads.ops.flash_attention import FP32_BYTES, FlashAttention2
 from workloads.ops.matmul import Matmul
-from workloads.ops.selection import SparseOp, Step
+from workloads.ops.selection import SparseOp
 from workloads.ops.softmax import online_update
+from workloads.ops.staged import Step
 from workloads.ops.top_k import TopK
 from workloads.ops.windowed_attention import join_rows, split_rows
 from workloads.work import Work

@@ -42,7 +42,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Final, NamedTuple, TypeAlias
+from typing import ClassVar, Final, NamedTuple
 
 import numpy as np
 
@@ -58,14 +58,11 @@ from workloads.ops.key_scores import KeyScores
 from workloads.ops.selected_attention import SelectedAttention
 from workloads.ops.shared_prefix import CombineParts
 from workloads.ops.softmax import Softmax
-from workloads.ops.staged import ProvedStagedOp
+from workloads.ops.staged import Step, SteppedOp
 from workloads.ops.top_k import TopK
 
 HEAD, GROUP, LAYER = "head", "group", "layer"
 SHARES: Final = (HEAD, GROUP, LAYER)
-
-Step: TypeAlias = Callable[[ProvedOp, Arrays], Arrays]
-"""Runs one stage: its program on a machine, or its reference."""
 
 
 def rounded(count: Num) -> Num:
@@ -126,7 +123,7 @@ class Ranking(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SparseOp(ProvedStagedOp):
+class SparseOp(SteppedOp):
     """What attentions over selected keys share: shapes, the final kernel, running stages.
 
     Q[batch, num_heads, len_q, head_dim], K and V[batch, num_kv_heads, keys, head_dim]; O and its
@@ -166,18 +163,6 @@ class SparseOp(ProvedStagedOp):
             "k": rng.standard_normal(shape),
             "v": rng.standard_normal(shape),
         }
-
-    def run(self, step: Step, inputs: Arrays, machine: Machine | None) -> Arrays:
-        """All stages in turn; what no op of its own describes runs on `machine`, if given."""
-        raise NotImplementedError
-
-    def reference(self, inputs: Arrays) -> Arrays:
-        """The stages' naive forms in turn."""
-        return self.run(lambda op, given: op.reference(given), inputs, None)
-
-    def program(self, machine: Machine, inputs: Arrays) -> Arrays:
-        """The stages' programs in turn."""
-        return self.run(lambda op, given: op.program(machine, given), inputs, machine)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,8 +32,9 @@ from workloads.op import Arrays, ProvedOp, Stage
 from workloads.ops.associative_scan import SEQUENTIAL, AssociativeScan
 from workloads.ops.elementwise import Elementwise, add, silu_mul
 from workloads.ops.matmul import Matmul
-from workloads.ops.selection import Step, rounded
-from workloads.ops.structured import SteppedOp, moved
+from workloads.ops.selection import rounded
+from workloads.ops.staged import Step, SteppedOp
+from workloads.ops.structured import moved
 from workloads.ops.top_k import TopK
 from workloads.ops.windowed_attention import WindowedAttention
 

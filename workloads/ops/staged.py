@@ -9,12 +9,14 @@ selected.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from hwmodels.dtypes import DType
+from workloads.machine import Machine
 from workloads.numeric import Num
-from workloads.op import Op, ProvedOp, Stage
+from workloads.op import Arrays, Op, ProvedOp, Stage
 from workloads.work import Work
 
 
@@ -53,3 +55,24 @@ class StagedOp(Op):
 @dataclass(frozen=True, kw_only=True)
 class ProvedStagedOp(StagedOp, ProvedOp):
     """A staged op whose program runs the stages' programs in turn."""
+
+
+Step: TypeAlias = Callable[[ProvedOp, Arrays], Arrays]
+"""Runs one stage: its program on a machine, or its reference."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteppedOp(ProvedStagedOp):
+    """A staged op that runs its stages by their programs, or by their naive forms."""
+
+    @abstractmethod
+    def run(self, step: Step, inputs: Arrays, machine: Machine | None) -> Arrays:
+        """All stages in turn; what no op of its own describes runs on `machine`, if given."""
+
+    def reference(self, inputs: Arrays) -> Arrays:
+        """The stages' naive forms in turn."""
+        return self.run(lambda op, given: op.reference(given), inputs, None)
+
+    def program(self, machine: Machine, inputs: Arrays) -> Arrays:
+        """The stages' programs in turn."""
+        return self.run(lambda op, given: op.program(machine, given), inputs, machine)

@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
 
 from hwmodels.dtypes import BF16, DType
 from hwmodels.errors import InputError
-from workloads.machine import Machine, Values
+from workloads.machine import Values
 from workloads.numeric import Num, any_true
 from workloads.op import Arrays, ProvedOp
 from workloads.ops.elementwise import Elementwise
 from workloads.ops.flash_attention import FlashAttention2
 from workloads.ops.selected_attention import SelectedAttention
-from workloads.ops.selection import Step
-from workloads.ops.staged import ProvedStagedOp
-
-
-@dataclass(frozen=True, kw_only=True)
-class SteppedOp(ProvedStagedOp):
-    """A staged op that runs its stages by their programs, or by their naive forms."""
-
-    @abstractmethod
-    def run(self, step: Step, inputs: Arrays, machine: Machine | None) -> Arrays:
-        """All stages in turn; what no op of its own describes runs on `machine`, if given."""
-
-    def reference(self, inputs: Arrays) -> Arrays:
-        """The stages' naive forms in turn."""
-        return self.run(lambda op, given: op.reference(given), inputs, None)
-
-    def program(self, machine: Machine, inputs: Arrays) -> Arrays:
-        """The stages' programs in turn."""
-        return self.run(lambda op, given: op.program(machine, given), inputs, machine)
+from workloads.ops.staged import Step, SteppedOp
 
 
 @dataclass(frozen=True, kw_only=True)

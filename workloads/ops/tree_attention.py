@@ -31,7 +31,8 @@ from workloads.op import Arrays, ProvedOp, Stage, require_fit
 from workloads.ops.block_pool import BlockPool
 from workloads.ops.key_scores import KeyScores
 from workloads.ops.selected_attention import SelectedAttention
-from workloads.ops.selection import SparseOp, Step
+from workloads.ops.selection import SparseOp
+from workloads.ops.staged import Step
 from workloads.ops.top_k import TopK
 from workloads.work import Work
 

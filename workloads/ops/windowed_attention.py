@@ -26,7 +26,7 @@ from hwmodels.errors import InputError
 from workloads.machine import Values, slices
 from workloads.numeric import Num, any_true, ceil_div, maximum, minimum, where
 from workloads.op import Arrays, Stage
-from workloads.ops.attention import AttentionOp, Sizes
+from workloads.ops.attention import AttentionOp, Sizes, gradients
 from workloads.ops.decode_attention import DecodeAttention
 from workloads.ops.flash_attention import FlashAttention2, QuerySums, ceil_sum
 from workloads.ops.prefill_attention import PrefillAttention
@@ -188,22 +188,7 @@ def masked_probabilities(op: AttentionOp, inputs: Arrays, seen: Values) -> tuple
 
 def masked_gradient(op: AttentionOp, inputs: Arrays, seen: Values) -> Arrays:
     """dQ, dK and dV from do under that mask: the chain rule on whole matrices."""
-    s = op.sizes()
-    p, _ = masked_probabilities(op, inputs, seen)
-    keys, values = (np.repeat(inputs[n], s.group, axis=1) for n in ("k", "v"))
-    dp = inputs["do"] @ values.swapaxes(-1, -2)
-    ds = p * (dp - (p * dp).sum(axis=-1, keepdims=True)) * s.scale
-
-    def over_group(per_head: Values) -> Values:
-        split = per_head.reshape(s.batch, s.kv_heads, s.group, *per_head.shape[2:])
-        summed: Values = split.sum(axis=2)
-        return summed
-
-    return {
-        "dq": ds @ keys,
-        "dk": over_group(ds.swapaxes(-1, -2) @ inputs["q"]),
-        "dv": over_group(p.swapaxes(-1, -2) @ inputs["do"]),
-    }
+    return gradients(op.sizes(), inputs, masked_probabilities(op, inputs, seen)[0])
 
 
 def split_rows(x: Values, blocks: int) -> Values:
