@@ -33,6 +33,14 @@ Family: TypeAlias = Annotated[
 Params: TypeAlias = Annotated[
     list[str] | None, typer.Option("-p", "--param", metavar="KEY=VALUE", help=PARAM_HELP)
 ]
+Best: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--best",
+        metavar="FIELD",
+        help="Take the fastest value of a size that is the implementer's choice, e.g. chunk.",
+    ),
+]
 Over: TypeAlias = Annotated[str, typer.Option("--over", metavar="KEY=RANGE", help=OVER_HELP)]
 MaybeOver: TypeAlias = Annotated[
     str | None, typer.Option("--over", metavar="KEY=RANGE", help=OVER_HELP)

@@ -79,6 +79,19 @@ def ops_asked(
     return {name: registry.build(name, fields) for name, fields in values.items()}
 
 
+def require_choice(field: str, ops: Iterable[Op], params: Iterable[str], over: Over | None) -> None:
+    """Raise where no op leaves that size to its implementer, or where it is given or swept."""
+    asked = tuple(ops)
+    known = list(dict.fromkeys(name for op in asked for name in op.tunable))
+    if field not in known:
+        names = ", ".join(dict.fromkeys(op.name for op in asked))
+        hint = f"to be chosen in {names}: {', '.join(known) or 'nothing'}"
+        raise UnknownNameError("choice for --best", field, known, hint)
+    given = [key.rpartition(".")[2] for key, _ in pairs(params)]
+    if field in (*given, over.key if over else ""):
+        raise InputError(f"--best {field}: {field} is given too; drop one of the two")
+
+
 def family_members(
     family: str | None, params: Iterable[str], over: Over | None
 ) -> tuple[list[str], list[str]]:

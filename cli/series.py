@@ -15,19 +15,26 @@ from cli.records import params_of, record
 
 if TYPE_CHECKING:
     from cli.questions import Over
+    from hwmodels.device import Device
     from simulator.estimate import Estimate
+    from simulator.tuning import Tuned
+    from workloads.op import Op
 
 MOST_CHANCES = 2000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Series:
-    """Estimates of one op on one device along the swept values (or a single one)."""
+    """Estimates of one op on one device along the swept values (or a single one).
+
+    `tuned` where a field of the op was chosen for each value.
+    """
 
     op_name: str
     estimate: Estimate
     values: tuple[int, ...]
     swept_fields: tuple[str, ...]
+    tuned: Tuned | None = None
 
     @property
     def device_id(self) -> str:
@@ -58,13 +65,23 @@ class Series:
 
     def fixed_params(self) -> dict[str, Any]:
         """The op's fields that do not change along the sweep."""
-        return {k: v for k, v in params_of(self.estimate).items() if k not in self.swept_fields}
+        chosen = () if self.tuned is None else (self.tuned.field,)
+        changing = (*self.swept_fields, *chosen)
+        return {k: v for k, v in params_of(self.estimate).items() if k not in changing}
+
+    def choices(self) -> dict[str, NDArray[np.int64]]:
+        """The chosen field's value at every value; empty where none was chosen."""
+        if self.tuned is None:
+            return {}
+        return {self.tuned.field: self.along(self.tuned.best).astype(np.int64)}
 
     def document(self) -> dict[str, Any]:
         """The JSON record: one list entry per value in everything that is counted or timed."""
         fixed = record(self.estimate) | {"op": self.op_name, "params": self.fixed_params()}
         constant = ("op", "params", "device", "rung", "unrated", "notes", "sources", "calibration")
-        return {k: v if k in constant else self._listed(v) for k, v in fixed.items()}
+        told = {k: v if k in constant else self._listed(v) for k, v in fixed.items()}
+        best = {field: values.tolist() for field, values in self.choices().items()}
+        return told | ({"best": best} if best else {})
 
     def _listed(self, value: Any) -> Any:
         if value is None:
@@ -101,6 +118,19 @@ def rungs_text(series: Sequence[Series]) -> str:
     parts = [f"{', '.join(devices)}: {text}" for text, devices in said.items()]
     rungs = "/".join(sorted({s.estimate.rung for s in series}))
     return f"Rung {rungs}, with 80 % intervals. {'; '.join(parts)}{_general_text(series)}"
+
+
+def choices_text(series: Sequence[Series], key: str) -> list[str]:
+    """A line a series with a chosen field: 'gla on h100-sxm: chunk 32, from seq = 4,096 on 64'."""
+    lines = []
+    for s in series:
+        for field, values in s.choices().items():
+            order = np.argsort(s.values, kind="stable")
+            steps = [order[0], *(j for i, j in pairwise(order) if values[i] != values[j])]
+            parts = [f"from {key} = {s.values[i]:,} on {values[i]:g}" for i in steps[1:]]
+            told = ", ".join([f"{field} {values[steps[0]]:g}", *parts])
+            lines.append(f"{s.op_name} on {s.device_id}: {told}")
+    return lines
 
 
 def faster_frac(series: Sequence[Series]) -> NDArray[np.float64] | None:
@@ -213,22 +243,41 @@ def ask_all(
     params: Sequence[str],
     over: Over | None,
     rung: str,
+    best: str | None = None,
 ) -> list[Series]:
-    """Every op on every device along the swept values, one array call each; once without them."""
-    from cli.questions import ops_asked
+    """Every op on every device along the swept values, one array call each; once without them.
+
+    `best` names a size to be chosen for the ops that have it.
+    """
+    from cli.questions import ops_asked, require_choice
     from hwmodels import catalog
-    from simulator.estimate import estimate
-    from workloads import registry
 
     devices = {catalog.device(name).id: catalog.device(name) for name in device_names}
     ops = ops_asked(names, params, over)
+    if best is not None:
+        require_choice(best, ops.values(), params, over)
     return [
-        Series(
-            op_name=name,
-            estimate=estimate(op, on=device, rung=rung),
-            values=over.values if over else (1,),
-            swept_fields=registry.fields_meant(name, over.key) if over else (),
-        )
+        _series_of(name, op, device, over, rung, best)
         for name, op in ops.items()
         for device in devices.values()
     ]
+
+
+def _series_of(
+    name: str, op: Op, device: Device, over: Over | None, rung: str, best: str | None
+) -> Series:
+    from simulator.estimate import estimate
+    from simulator.tuning import tuned
+    from workloads import registry
+
+    chosen = None
+    if best is not None and best in op.tunable:
+        chosen = tuned(op, best, lambda tried: estimate(tried, on=device, rung=rung).seconds)
+        op = chosen.op
+    return Series(
+        op_name=name,
+        estimate=estimate(op, on=device, rung=rung),
+        values=over.values if over else (1,),
+        swept_fields=registry.fields_meant(name, over.key) if over else (),
+        tuned=chosen,
+    )

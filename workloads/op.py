@@ -6,6 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar, Final, NamedTuple, Self
 
 import numpy as np
@@ -35,6 +36,10 @@ class Stage(NamedTuple):
     kernel: str = ""
 
 
+CHUNKED: Final[Mapping[str, tuple[int, ...]]] = MappingProxyType(
+    {"chunk": (16, 32, 64, 128, 256, 512)}
+)
+"""`Op.tunable` of what works through a sequence in chunks: whole tiles of the tensor cores."""
 LIMIT: Final = 2**52
 """Sizes stay below it, so that every whole number of float64 is exact."""
 
@@ -80,6 +85,9 @@ class Op(ABC):
     name: ClassVar[str]
     cheaper: ClassVar[tuple[str, ...]] = ()
     """Sizes whose growth makes the op cheaper: a block that shares one list of keys."""
+    tunable: ClassVar[Mapping[str, tuple[int, ...]]] = MappingProxyType({})
+    """Sizes that the implementer chooses, not the problem (a chunk), with the values worth trying;
+    the result is the same whatever they are."""
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -166,10 +174,16 @@ class ProvedOp(Op):
         """The algorithm itself, run on a `Machine` that counts; needs scalar fields."""
 
 
-def require_fit(name: str, fast_bytes: Num, needed_bytes: Num, what: str) -> None:
+def require_fit(
+    name: str,
+    fast_bytes: Num,
+    needed_bytes: Num,
+    what: str,
+    mend: str = "give it more or make the op smaller",
+) -> None:
     """Raise `InputError` where fast memory cannot hold even the smallest tile."""
     if any_true(np.greater(needed_bytes, fast_bytes)):
         raise InputError(
             f"{name}: a fast memory of {float(np.min(fast_bytes)):.0f} bytes cannot hold {what} "
-            f"({float(np.max(needed_bytes)):.0f} bytes); give it more or make the op smaller"
+            f"({float(np.max(needed_bytes)):.0f} bytes); {mend}"
         )

@@ -280,7 +280,7 @@ _ALIASES: Final[Mapping[str, Sequence[tuple[str, ...]]]] = {
     "seq": (("len_seq",), ("len_q", "len_kv"), ("num_tokens",)),
     "seq_q": (("len_q",),),
     "seq_kv": (("len_kv",),),
-    "dim": (("head_dim",), ("dim",), ("cols",)),
+    "dim": (("head_dim",), ("key_dim",), ("dim",), ("cols",)),
     "channels": (("num_channels",), ("channels",), ("dim",)),
     "state": (("state_dim",),),
     "vocab": (("vocab_size",),),

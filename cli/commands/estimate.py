@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from cli import show
-from cli.options import AsJson, Params, Rung
+from cli.options import AsJson, Best, Params, Rung
 from cli.quantity import digits, percent_text, scaled_text, seconds_text
 from cli.wording import resource_text
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from hwmodels.device import Device
     from simulator.estimate import Estimate
+    from simulator.tuning import Tuned
     from workloads.op import Op
 
 ROOFLINE: Final = (
@@ -37,6 +38,7 @@ def estimate(
     ],
     param: Params = None,
     rung: Rung = "best",
+    best: Best = None,
     sensitivity: Annotated[
         bool, typer.Option("--sensitivity", help="How the time answers to each device figure.")
     ] = False,
@@ -61,27 +63,44 @@ def estimate(
       ridgeplan estimate matmul -d h100-sxm -p m=4k -p n=4k -p k=4k
       ridgeplan estimate flash_attention_2 -d t4 -p heads=32 -p seq=8k -p dim=128 -p dtype=fp16
     """
-    from cli.questions import ops_asked
     from cli.records import record
-    from hwmodels import catalog
-    from simulator.estimate import estimate as ask
+    from cli.series import ask_all
 
-    on = catalog.device(device)
-    ((asked, op),) = ops_asked([name], param or []).items()
-    answer = ask(op, on=on, rung=rung)
+    (series,) = ask_all([name], [device], param or [], None, rung, best)
+    answer, asked = series.estimate, series.op_name
+    op, on = answer.op, answer.device
     found_record = record(answer) | {"op": asked}
     found = _elasticities(op, on) if sensitivity else {}
     tiled = {} if fast_memory is None else _tiled(op, fast_memory)
     if as_json:
         more: dict[str, Any] = {"elasticities": found} if sensitivity else {}
         more |= {"tiled": tiled} if tiled else {}
+        more |= {"best": _best(series.tuned)} if series.tuned else {}
         show.print_json(found_record | more)
         return
     _show(answer, found_record)
+    if series.tuned:
+        _show_best(series.tuned)
     if tiled:
         _show_tiled(tiled)
     if sensitivity:
         _show_sensitivity(found, on)
+
+
+def _best(tuned: Tuned) -> dict[str, Any]:
+    """What was chosen, the seconds of every value, why the others are not possible."""
+    seconds = {str(value): float(s) for value, s in tuned.seconds.items()}
+    refused = {str(value): why for value, why in tuned.refused.items()}
+    return {"field": tuned.field, "value": int(tuned.best), "seconds": seconds, "refused": refused}
+
+
+def _show_best(tuned: Tuned) -> None:
+    seconds = {value: float(s) for value, s in tuned.seconds.items()}
+    told = [f"{value}: {seconds_text(s)}" for value, s in seconds.items()]
+    told += [f"{value}: refused" for value in tuned.refused]
+    lines = [(tuned.field.capitalize(), f"{tuned.best:g} is the fastest ({', '.join(told)})")]
+    lines += [("Refused", why) for why in list(tuned.refused.values())[:1]]
+    show.console().print(show.pairs(lines))
 
 
 def _tiled(op: Op, size: str) -> dict[str, Any]:

@@ -39,6 +39,7 @@ def scaling(
     ] = None,
     param: options.Params = None,
     rung: options.Rung = "best",
+    best: options.Best = None,
     html: options.Html = None,
     out: options.Out = None,
     as_json: options.AsJson = False,
@@ -46,12 +47,14 @@ def scaling(
     """How systems scale with the sequence, and from which length on one beats another.
 
     The first system named is what the others are held against; the picture rings crossovers.
-    `-p OP.key=value` sets a field of one system alone (its keep ratio, its budget).
+    `-p OP.key=value` sets a field of one system alone (its keep ratio, its budget); `--best chunk`
+    gives every chunked scan the chunk that suits the length.
 
     \b
     Examples:
       ridgeplan scaling flash_attention_2 streaming_llm -p heads=32 -p dim=128 -p window=1000
       ridgeplan scaling flash_attention_2 --family sparse_attention -p heads=32 -p dim=128
+      ridgeplan scaling flash_attention_2 gla deltanet -p heads=16 -p dim=128 --best chunk
       ridgeplan scaling decode_attention h2o --over seq_kv=4k:1M:x2 -p heads=32 -p dim=128
     """
     from cli.charts.picture import asked_for
@@ -63,7 +66,7 @@ def scaling(
     pictures = asked_for(html, out)
     check_writable(pictures)
     with patience("estimating"):
-        series, swept, left_out = _asked(names or [], family, device, param or [], over, rung)
+        series, swept, left_out = _asked(names or [], family, device, param or [], over, rung, best)
         crossings = crossovers(series)
     contents: dict[Path, bytes] = {}
     if pictures:
@@ -85,6 +88,7 @@ def _asked(
     params: Sequence[str],
     over: str,
     rung: str,
+    best: str | None,
 ) -> tuple[list[Series], Over, list[str]]:
     """The series of the named systems and of the family, the swept values, who was left out."""
     from cli.questions import family_members, parse_over
@@ -104,7 +108,7 @@ def _asked(
             f"no modelled system of family {family} can be asked with these parameters; "
             "give -p heads=... -p dim=... or sweep another parameter"
         )
-    series = ask_all(chosen, devices or [DEFAULT_DEVICE], params, swept, rung)
+    series = ask_all(chosen, devices or [DEFAULT_DEVICE], params, swept, rung, best)
     return series, swept, left_out
 
 
@@ -140,7 +144,7 @@ def _document(
 
 
 def _show(series: list[Series], over: Over, crossings: Sequence[Crossover], left_out: str) -> None:
-    from cli.series import caption, rungs_text
+    from cli.series import caption, choices_text, rungs_text
 
     out = show.console()
     picked = _picked(len(over.values))
@@ -158,6 +162,8 @@ def _show(series: list[Series], over: Over, crossings: Sequence[Crossover], left
             f"From {over.key} = {c.value:,.0f} on, {c.faster} is faster than {c.slower} "
             f"on {c.device}"
         )
+    for line in choices_text(series, over.key):
+        out.print(f"Best for {line}")
     out.print(f"{rungs_text(series)}.")
     if left_out:
         out.print(left_out)

@@ -35,6 +35,7 @@ def sweep(
     ] = None,
     param: options.Params = None,
     rung: options.Rung = "best",
+    best: options.Best = None,
     csv_file: Annotated[
         Path | None, typer.Option("--csv", metavar="FILE", help="Write every row to this CSV file.")
     ] = None,
@@ -69,7 +70,7 @@ def sweep(
     check_writable([f for f in (csv_file, parquet, *pictures) if f is not None])
     swept = parse_over(over, [registry.resolve(name) for name in names])
     with patience("estimating"):
-        series = ask_all(names, device or [DEFAULT_DEVICE], param or [], swept, rung)
+        series = ask_all(names, device or [DEFAULT_DEVICE], param or [], swept, rung, best)
         crossings = crossovers(series)
     contents: dict[Path, bytes] = {}
     if csv_file is not None:
@@ -118,6 +119,7 @@ def columns_of(s: Series) -> dict[str, Any]:
     r = record(s.estimate)
     swept = dict.fromkeys(s.swept_fields, np.asarray(s.values))
     flat = {"op": s.op_name, "device": s.device_id, "rung": r["rung"], **s.fixed_params(), **swept}
+    flat |= s.choices()
     timed = ("seconds", "low_80_s", "high_80_s", "lower_s", "upper_s", "bound", "limit_s")
     flat |= {k: r[k] for k in (*timed, "limit_frac")}
     work = dict(r["work"])
@@ -171,7 +173,7 @@ def _parquet(series: Sequence[Series]) -> bytes:
 
 
 def _show(series: list[Series], over: Over, crossings: list[Crossover]) -> None:
-    from cli.series import faster_frac, rungs_text
+    from cli.series import choices_text, faster_frac, rungs_text
 
     out = show.console()
     several_devices = len({s.device_id for s in series}) > 1
@@ -196,6 +198,8 @@ def _show(series: list[Series], over: Over, crossings: list[Crossover]) -> None:
             f"From {over.key} = {c.value:,.0f} on, {c.faster} is faster than {c.slower} "
             f"on {c.device}"
         )
+    for line in choices_text(series, over.key):
+        out.print(f"Best for {line}")
     out.print(f"{rungs_text(series)}.")
 
 

@@ -93,3 +93,30 @@ def test_a_roofline_takes_a_family(capsys: pytest.CaptureFixture[str]) -> None:
     places = json.loads(capsys.readouterr().out)["places"]
     assert "flash_attention_2" in {p["op"] for p in places}
     assert main(["roofline", "-d", "h100-sxm"]) == 2
+
+
+def test_the_best_chunk_of_each_length_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["scaling", "linear_recurrence", *SHAPE, "--over", "seq=1k,16k", "--best", "chunk"]
+    assert main([*asked, "--json"]) == 0
+    (series,) = json.loads(capsys.readouterr().out)["series"]
+    fixed = ["scaling", "linear_recurrence", *SHAPE, "--over", "seq=1k,16k", "--json"]
+    for i, chunk in enumerate(series["best"]["chunk"]):
+        assert main([*fixed, "-p", f"chunk={chunk}"]) == 0
+        (alone,) = json.loads(capsys.readouterr().out)["series"]
+        assert alone["seconds"][i] == pytest.approx(series["seconds"][i])
+    assert main(asked) == 0
+    assert "Best for linear_recurrence on h100-sxm: chunk" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--best", "window"], "unknown choice for --best 'window'"),
+        (["--best", "chunk", "-p", "chunk=32"], "chunk is given too"),
+    ],
+)
+def test_a_choice_that_is_none_is_refused(
+    more: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["scaling", "linear_recurrence", *SHAPE, *more]) == 2
+    assert said in capsys.readouterr().err

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from hwmodels.dtypes import BF16, FP32, DType
 from workloads.numeric import Num, ceil_div, minimum
-from workloads.op import Op, checked_size
+from workloads.op import CHUNKED, Op
 from workloads.work import Work
 
 
@@ -32,19 +32,16 @@ class MambaChunkScan(Op):
     """
 
     name: ClassVar[str] = "mamba2_chunk_scan"
+    tunable: ClassVar[Mapping[str, tuple[int, ...]]] = CHUNKED
     batch: Num = 1
     len_seq: Num
     num_heads: Num
     head_dim: Num = 64
     num_groups: Num = 1
     state_dim: Num = 128
-    chunk: int = 256
+    chunk: Num = 256
     dtype: DType = BF16
     state_dtype: DType = FP32
-
-    def check(self) -> None:
-        """A chunk is one whole number of tokens: a choice of the kernel, not a size."""
-        checked_size(self.name, "chunk", self.chunk)
 
     def num_chunks(self) -> Num:
         """Chunks of one sequence."""

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from hwmodels.dtypes import BF16, FP32, DType
 from workloads.numeric import Num, ceil_div, minimum
-from workloads.op import Op, checked_size
+from workloads.op import CHUNKED, Op
 from workloads.work import Work
 
 GATE_BYTES = 4
@@ -77,12 +77,9 @@ class GatedDeltaRule(DeltaRule):
     """
 
     name: ClassVar[str] = "gated_delta_rule"
+    tunable: ClassVar[Mapping[str, tuple[int, ...]]] = CHUNKED
     len_seq: Num
-    chunk: int = 64
-
-    def check(self) -> None:
-        """A chunk is one whole number of tokens: a choice of the kernel, not a size."""
-        checked_size(self.name, "chunk", self.chunk)
+    chunk: Num = 64
 
     def num_chunks(self) -> Num:
         """Chunks of one sequence."""

@@ -36,8 +36,8 @@ import numpy as np
 from hwmodels.dtypes import BF16, FP32, DType
 from hwmodels.errors import InputError, UnknownNameError
 from workloads.machine import Machine, SlowArray, Tile, Values, slices
-from workloads.numeric import Num, ceil_div, floor, minimum
-from workloads.op import Arrays, ProvedOp, Stage, checked_size, require_fit
+from workloads.numeric import Num, any_true, ceil_div, floor, minimum
+from workloads.op import CHUNKED, Arrays, ProvedOp, Stage, require_fit
 from workloads.ops.attention import MASK_FLOPS
 from workloads.ops.delta_rule import GatedDeltaRule
 from workloads.ops.flash_attention import transposed
@@ -77,13 +77,14 @@ class LinearRecurrence(ProvedOp):
     """
 
     name: ClassVar[str] = "linear_recurrence"
+    tunable: ClassVar[Mapping[str, tuple[int, ...]]] = CHUNKED
     batch: Num = 1
     num_heads: Num
     len_seq: Num
     key_dim: Num
     value_dim: Num | None = None
-    chunk: int = 64
-    sub_chunk: int = 16
+    chunk: Num = 64
+    sub_chunk: Num = 16
     decay: str = NONE
     rule: str = ADDITIVE
     normalised: bool = False
@@ -100,11 +101,10 @@ class LinearRecurrence(ProvedOp):
                 f"{self.name}: the delta rule is counted without a normaliser and with decay "
                 "'none' or 'scalar'; change decay or rule"
             )
-        for name in ("chunk", "sub_chunk"):
-            checked_size(self.name, name, getattr(self, name))
-        if self.sub_chunk > self.chunk:
+        if any_true(np.greater(self.sub_chunk, self.chunk)):
+            longest, shortest = np.max(self.sub_chunk), np.min(self.chunk)
             raise InputError(
-                f"{self.name}: sub_chunk = {self.sub_chunk} is longer than chunk = {self.chunk}"
+                f"{self.name}: sub_chunk = {longest} is longer than chunk = {shortest}"
             )
 
     @property
@@ -141,7 +141,8 @@ class LinearRecurrence(ProvedOp):
         small = 8 * c + 4 * dk
         beside = 2 * c * dk * e + FP32_BYTES * (scores * c * c + copies * c * dk + small)
         column = c * e + FP32_BYTES * (dk + c + 3 * delta * c)
-        require_fit(self.name, fast_bytes, beside + column, "one chunk and a column of the state")
+        what = f"a chunk of {np.max(self.chunk):g} tokens and a column of the state"
+        require_fit(self.name, fast_bytes, beside + column, what, "take a smaller chunk")
         return {"width": minimum(self.width_v, floor((fast_bytes - beside) / column))}
 
     def _sums(self) -> _Sums:

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from hwmodels.dtypes import BF16, DType
-from workloads.numeric import Num
-from workloads.op import Op, Stage
+from workloads.numeric import Num, minimum
+from workloads.op import CHUNKED, Op, Stage
 from workloads.ops.delta_rule import GatedDeltaRule
 from workloads.ops.linear_recurrence import (
     ADDITIVE,
@@ -49,12 +49,13 @@ class LinearRecurrenceBackward(Op):
     """
 
     name: ClassVar[str] = "linear_recurrence_backward"
+    tunable: ClassVar[Mapping[str, tuple[int, ...]]] = CHUNKED
     batch: Num = 1
     num_heads: Num
     len_seq: Num
     key_dim: Num
     value_dim: Num | None = None
-    chunk: int = 64
+    chunk: Num = 64
     decay: str = NONE
     rule: str = ADDITIVE
     dtype: DType = BF16
@@ -68,7 +69,7 @@ class LinearRecurrenceBackward(Op):
         return LinearRecurrence(
             batch=self.batch, num_heads=self.num_heads, len_seq=self.len_seq,
             key_dim=self.key_dim, value_dim=self.value_dim, chunk=self.chunk,
-            sub_chunk=min(16, self.chunk), decay=self.decay, rule=self.rule, dtype=self.dtype,
+            sub_chunk=minimum(16, self.chunk), decay=self.decay, rule=self.rule, dtype=self.dtype,
         )  # fmt: skip
 
     def stages(self) -> tuple[Stage, ...]:

@@ -40,7 +40,7 @@ def sizes(op: Op) -> Iterator[tuple[str, float]]:
             "Num" in str(f.type)
             and isinstance(value, (int, float))
             and not f.name.endswith(("_frac", "_ranks", "_nodes"))
-            and f.name not in op.cheaper
+            and f.name not in (*op.cheaper, *op.tunable)
         ):
             yield f.name, value
 
