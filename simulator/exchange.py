@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hwmodels.cluster import Cluster
-from simulator.network import estimate_collective
+from simulator.network import bound_seconds, calibrated_seconds
 from workloads.models.config import TransformerConfig
 from workloads.models.parameters import heads_per_rank
 from workloads.numeric import Num, ceil_div, where
@@ -32,9 +32,10 @@ class Exchange:
     backward: Num
     hidden: Num = 0
 
-    def seconds(self, *, on: Cluster) -> tuple[Num, Num, Num]:
-        """Bound-rung seconds in the forward pass, in the backward pass, and hidden in it."""
-        once = estimate_collective(self.collective, on=on, stride=self.stride).lower_s
+    def seconds(self, *, on: Cluster, calibrated: bool = False) -> tuple[Num, Num, Num]:
+        """Seconds in the forward pass, in the backward pass, and hidden in it."""
+        seconds = calibrated_seconds if calibrated else bound_seconds
+        once = seconds(self.collective, on=on, stride=self.stride)
         return self.forward * once, self.backward * once, self.hidden * once
 
 

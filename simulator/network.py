@@ -21,8 +21,10 @@ import numpy as np
 
 from hwmodels.cluster import Cluster, LinkLevel
 from hwmodels.errors import UnsupportedError
+from simulator.kernel_time.predict import predict
 from workloads.numeric import Num, any_true, is_scalar, maximum, minimum, where
 from workloads.ops.collective import Collective
+from workloads.ops.collective_transfer import KINDS, CollectiveTransfer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +79,31 @@ def estimate_collective(
         seconds[level.name] = _level_seconds(collective, level, inside, members)
         inside = members
     return CollectiveEstimate(seconds_by_level=seconds)
+
+
+def bound_seconds(collective: Collective, *, on: Cluster, stride: Num = 1) -> Num:
+    """The rung's answer of `estimate_collective`."""
+    return estimate_collective(collective, on=on, stride=stride).lower_s
+
+
+def calibrated_seconds(collective: Collective, *, on: Cluster, stride: Num = 1) -> Num:
+    """Seconds by the calibrated collective model where all ranks share the innermost level.
+
+    Groups that leave it are at the bound; so are kinds and devices that no model knows.
+    """
+    bound = bound_seconds(collective, on=on, stride=stride)
+    inside = collective.num_ranks * stride <= on.levels[0].size
+    if collective.kind not in KINDS or not any_true(inside & (collective.num_ranks > 1)):
+        return bound
+    ranks = where(inside, maximum(collective.num_ranks, 2), 2)
+    op = CollectiveTransfer(
+        kind=collective.kind, num_bytes=maximum(collective.num_bytes, 1), num_ranks=ranks
+    )
+    try:
+        found = predict(op, on=on.device).seconds
+    except UnsupportedError:
+        return bound
+    return where(inside, where(collective.num_ranks > 1, found, 0.0), bound)
 
 
 def _members(num_ranks: Num, size: float, stride: Num) -> Num:

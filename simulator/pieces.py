@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from hwmodels.cluster import Cluster
 from hwmodels.device import Device
 from simulator.estimate import BOUND, Estimate, estimate
 from simulator.exchange import CONTEXT, EXPERT, TENSOR
+from simulator.kernel_time.model import Conditions
+from simulator.kernel_time.predict import predict
 from simulator.network import estimate_collective
 from simulator.recipe import Recipe
+from simulator.stack import ATTENTION, HALF, POINTWISE, PRODUCT, SCORES, OnDevice, class_of
 from workloads.models.config import TransformerConfig
 from workloads.numeric import Num, ceil_div, maximum, where
+from workloads.op import Op
+from workloads.ops.attention import StandardAttention
+from workloads.ops.attention_backward import StandardAttentionBackward
 from workloads.ops.collective import Collective
 from workloads.ops.flash_attention import FlashAttention2
 from workloads.ops.flash_attention_backward import FlashAttention2Backward
@@ -21,6 +28,7 @@ from workloads.workload import Node
 
 PIPELINE, BUBBLE, DATA = "pipeline sends", "pipeline bubble", "data parallel"
 RECOMPUTED, OPTIMIZER_STEP = "recompute", "optimizer"
+GAPS, REDONE = "launch gaps", "redone"
 EXCHANGE_PIECES = (TENSOR, CONTEXT, EXPERT, PIPELINE, BUBBLE, DATA, OPTIMIZER_STEP)
 
 
@@ -88,20 +96,85 @@ class StepEstimate:
         return largest
 
 
-def total_seconds(nodes: Iterable[Node], *, on: Device) -> Totals:
-    """Bound-rung seconds of nodes in sequence; each node's time goes to its binding resource."""
+def total_seconds(nodes: Iterable[Node], *, on: Device, stack: OnDevice | None = None) -> Totals:
+    """Seconds of nodes in sequence.
+
+    Bound rung without a `stack`, each node's time under its binding resource; with one, the time
+    that its framework's kernels take, under their class.
+    """
     total = Totals()
     for node in nodes:
-        result = estimate(node.op, on=on, rung=BOUND)
-        lower = result.lower_s
-        once = Totals(
-            lower_s=lower,
-            upper_s=result.upper_s,
-            by_part={node.part: lower},
-            by_resource=_attribute(result, lower),
-        )
+        once = _bound(node, on) if stack is None else _in_stack(node, on, stack)
         total = total.plus(once, node.count)
     return total
+
+
+def _bound(node: Node, on: Device) -> Totals:
+    result = estimate(node.op, on=on, rung=BOUND)
+    lower = result.lower_s
+    return Totals(
+        lower_s=lower,
+        upper_s=result.upper_s,
+        by_part={node.part: lower},
+        by_resource=_attribute(result, lower),
+    )
+
+
+def _in_stack(node: Node, on: Device, stack: OnDevice) -> Totals:
+    by_class: dict[str, Num] = {}
+    for kernel_class, seconds in stack_seconds(node.op, on=on, stack=stack):
+        by_class[kernel_class] = by_class.get(kernel_class, 0.0) + seconds
+    whole = sum(by_class.values(), start=0.0)
+    return Totals(lower_s=whole, upper_s=whole, by_part={node.part: whole}, by_resource=by_class)
+
+
+def stack_seconds(op: Op, *, on: Device, stack: OnDevice) -> list[tuple[str, Num]]:
+    """(class, seconds) of every kernel of an op as the framework runs it; see `simulator.stack`."""
+    try:
+        times = _remembered_times(op, on, stack.stack.attention_kernel)
+    except TypeError:  # sizes are arrays, which have no hash
+        times = _kernel_times(op, on, stack.stack.attention_kernel)
+    return [(name, seconds * stack.factors.of(name)) for name, seconds in times]
+
+
+def _kernel_times(op: Op, on: Device, attention_kernel: str) -> tuple[tuple[str, Num], ...]:
+    """(class, seconds) of the op's kernels by themselves."""
+    if isinstance(op, (StandardAttention, StandardAttentionBackward)):
+        return tuple(
+            (_in_pieces(stage.op), predict(stage.op, on=on).seconds * stage.times)
+            for stage in op.stages()
+        )
+    kernel_class = class_of(op)
+    label = attention_kernel if kernel_class == ATTENTION else ""
+    return ((kernel_class, predict(op, on=on, conditions=Conditions(kernel=label)).seconds),)
+
+
+_remembered_times = lru_cache(maxsize=2**14)(_kernel_times)
+
+
+def _in_pieces(op: Op) -> str:
+    """The class of a kernel of unfused attention."""
+    kernel_class = class_of(op)
+    return SCORES if kernel_class == POINTWISE else kernel_class
+
+
+def recomputed(forward: Iterable[Node], whole: Totals, *, on: Device, stack: OnDevice) -> Totals:
+    """What the framework's selective recomputation runs again of a layer's forward pass."""
+    if stack.stack.selective == HALF:
+        kept = {PRODUCT: 0.5, ATTENTION: 0.0}
+        seconds = sum((t * kept.get(k, 1.0) for k, t in whole.by_resource.items()), start=0.0)
+        return Totals(lower_s=seconds, upper_s=seconds, by_part={REDONE: seconds},
+                      by_resource={PRODUCT: seconds})  # fmt: skip
+    scores = (n for n in forward if isinstance(n.op, StandardAttention))
+    return total_seconds(scores, on=on, stack=stack)
+
+
+def gaps(layer_s: float) -> Totals:
+    """Launches and host work of a layer that no kernel hides."""
+    if not layer_s:
+        return Totals()
+    return Totals(lower_s=layer_s, upper_s=layer_s, by_part={GAPS: layer_s},
+                  by_resource={GAPS: layer_s})  # fmt: skip
 
 
 def send_seconds(
@@ -145,7 +218,10 @@ def slowest_stage_s(
 
 def is_attention(node: Node) -> bool:
     """The kernel under which a ring of K and V hides."""
-    return isinstance(node.op, (FlashAttention2, FlashAttention2Backward))
+    return isinstance(
+        node.op,
+        (FlashAttention2, FlashAttention2Backward, StandardAttention, StandardAttentionBackward),
+    )
 
 
 def _attribute(result: Estimate, lower: Num) -> dict[str, Num]:

@@ -33,7 +33,8 @@ import numpy as np
 from hwmodels.cluster import Cluster
 from hwmodels.dtypes import FP32
 from simulator.estimate import BOUND
-from simulator.exchange import CONTEXT, layer_exchanges
+from simulator.exchange import CONTEXT, TENSOR, layer_exchanges
+from simulator.kernel_time.predict import CALIBRATED
 from simulator.network import estimate_collective
 from simulator.pieces import (
     BUBBLE,
@@ -44,14 +45,17 @@ from simulator.pieces import (
     StepEstimate,
     Totals,
     excess_over,
+    gaps,
     is_attention,
     merge,
+    recomputed,
     send_seconds,
     slowest_stage,
     slowest_stage_s,
     total_seconds,
 )
 from simulator.recipe import Recipe
+from simulator.stack import Factors, OnDevice
 from workloads.models.config import TransformerConfig
 from workloads.models.parameters import parameters_per_rank
 from workloads.models.transformer import TrainStep, optimizer
@@ -65,7 +69,8 @@ from workloads.workload import BACKWARD, FORWARD
 class LayerTimes:
     """Seconds of the mean layer, and of both ends, for one micro-batch on one rank.
 
-    `exchange_*` holds all communication by piece, `exposed_*` what nothing hides.
+    `exchange_*` holds all communication by piece, `exposed_*` what nothing hides, `selective` what
+    of the forward pass runs again under selective recomputation.
     """
 
     forward: Totals
@@ -76,55 +81,75 @@ class LayerTimes:
     exchange_backward: Mapping[str, Num]
     exposed_forward: Mapping[str, Num]
     exposed_backward: Mapping[str, Num]
+    selective: Totals
 
 
-def layer_times(step: TrainStep, *, plan: Plan, on: Cluster, recipe: Recipe) -> LayerTimes:
+def layer_times(
+    step: TrainStep, *, plan: Plan, on: Cluster, recipe: Recipe, stack: OnDevice | None = None
+) -> LayerTimes:
     """Mean layer over the model's kinds, and the ends, for one micro-batch of `plan`."""
     cfg, device = step.config, on.device
     shares = {kind: count / cfg.num_layers for kind, count in cfg.kinds.items()}
     element_bytes = recipe.dtype.bytes_per_element
-    forward, backward = Totals(), Totals()
+    forward, backward, selective = Totals(), Totals(), Totals()
+    fused = stack is None or stack.stack.fused_attention
     moved: tuple[dict[str, Num], ...] = ({}, {}, {})
     cores: list[Num] = [0.0, 0.0]
     for kind, share in shares.items():
-        work = step.layer(kind, plan, dtype=recipe.dtype)
-        passes = [total_seconds(work.select(phase=p), on=device) for p in (FORWARD, BACKWARD)]
+        work = step.layer(kind, plan, dtype=recipe.dtype, fused=fused)
+        passes = [
+            total_seconds(work.select(phase=p), on=device, stack=stack) for p in (FORWARD, BACKWARD)
+        ]
         forward, backward = forward.plus(passes[0], share), backward.plus(passes[1], share)
+        if stack is not None:
+            again = recomputed(work.select(phase=FORWARD), passes[0], on=device, stack=stack)
+            selective = selective.plus(again, share)
         for i, phase in enumerate((FORWARD, BACKWARD)):
-            core = total_seconds(filter(is_attention, work.select(phase=phase)), on=device)
+            attention = filter(is_attention, work.select(phase=phase))
+            core = total_seconds(attention, on=device, stack=stack)
             cores[i] = cores[i] + share * core.lower_s
         for exchange in layer_exchanges(
             cfg, kind, len_seq=step.len_seq, plan=plan, element_bytes=element_bytes
         ):
-            for into, seconds in zip(moved, exchange.seconds(on=on), strict=True):
-                into[exchange.piece] = into.get(exchange.piece, 0.0) + share * seconds
+            felt = share * (stack.factors.tensor if stack and exchange.piece == TENSOR else 1.0)
+            times = exchange.seconds(on=on, calibrated=stack is not None)
+            for into, seconds in zip(moved, times, strict=True):
+                into[exchange.piece] = into.get(exchange.piece, 0.0) + felt * seconds
     both = step.ends(plan, dtype=recipe.dtype)
     exposed = [excess_over(moved[i], CONTEXT, core) for i, core in enumerate(cores)]
     return LayerTimes(
         forward=forward,
         backward=backward,
-        embedding=total_seconds(both.select(part="embedding"), on=device),
-        head=total_seconds((n for n in both if n.part != "embedding"), on=device),
+        embedding=total_seconds(both.select(part="embedding"), on=device, stack=stack),
+        head=total_seconds((n for n in both if n.part != "embedding"), on=device, stack=stack),
         exchange_forward=moved[0],
         exchange_backward=merge(moved[1], moved[2], 1.0),
         exposed_forward=exposed[0],
         exposed_backward=exposed[1],
+        selective=selective,
     )
 
 
-def training_step(step: TrainStep, *, plan: Plan, on: Cluster, recipe: Recipe) -> StepEstimate:
-    """Bound-rung step time under one plan or an array of them; feasibility is not judged here."""
+def training_step(
+    step: TrainStep, *, plan: Plan, on: Cluster, recipe: Recipe, stack: OnDevice | None = None
+) -> StepEstimate:
+    """Step time under one plan or an array of them; feasibility is not judged here.
+
+    Bound rung without a `stack`; with one, kernels as its framework runs them.
+    """
     cfg = step.config
     # Arrays of sequence lengths pair up with the plans: nothing may be reordered then.
     shapes, inverse = distinct_shapes(plan) if is_scalar(step.len_seq) else (plan, None)
-    times = layer_times(step, plan=shapes, on=on, recipe=recipe)
+    times = layer_times(step, plan=shapes, on=on, recipe=recipe, stack=stack)
     if inverse is not None:
         times = _take(times, inverse)
     num_micro = plan.num_micro_batches(step.global_batch)
-    pipeline = _pipeline(cfg, times, plan, num_micro)
+    pipeline = _pipeline(cfg, times, plan, num_micro, stack.factors if stack else Factors())
     sends_s = send_seconds(cfg, step.len_seq, plan, on, recipe)
     data_all, data_exposed = _data_exchange(cfg, plan, pipeline, num_micro, on, recipe)
-    update = _optimizer_seconds(cfg, plan, on, recipe)
+    if stack is not None:
+        data_exposed = maximum(data_exposed, stack.factors.exposed * data_all)
+    update = _optimizer_seconds(cfg, plan, on, recipe, stack)
     fill_sends = 2 * (plan.pp - 1) * sends_s
     pieces = {
         **pipeline.pieces,
@@ -134,7 +159,7 @@ def training_step(step: TrainStep, *, plan: Plan, on: Cluster, recipe: Recipe) -
     }
     exchange_s = pipeline.exchange_s + 2 * num_micro * plan.interleave * sends_s
     return StepEstimate(
-        rung=BOUND,
+        rung=BOUND if stack is None else CALIBRATED,
         plan=plan,
         seconds_by_piece=pieces,
         compute_by_resource=pipeline.by_resource,
@@ -159,9 +184,13 @@ class _Pipeline:
     compute_upper_s: Num
 
 
-def _pipeline(cfg: TransformerConfig, times: LayerTimes, plan: Plan, num_micro: Num) -> _Pipeline:
+def _pipeline(
+    cfg: TransformerConfig, times: LayerTimes, plan: Plan, num_micro: Num, factors: Factors
+) -> _Pipeline:
     again = where(plan.recompute == Recompute.FULL, 1.0, 0.0)
-    passes = times.forward.plus(times.forward, again).plus(times.backward)
+    some = where(plan.recompute == Recompute.SELECTIVE, 1.0, 0.0)
+    redone_once = Totals().plus(times.forward, again).plus(times.selective, some)
+    passes = times.forward.plus(redone_once).plus(times.backward).plus(gaps(factors.layer_s))
     exposed = merge(times.exposed_forward, times.exposed_forward, again)
     exposed = merge(exposed, times.exposed_backward, 1.0)
     moved = merge(times.exchange_forward, times.exchange_forward, again)
@@ -199,7 +228,7 @@ def _pipeline(cfg: TransformerConfig, times: LayerTimes, plan: Plan, num_micro: 
     )
     on_slowest = Totals().plus(passes, num_layers).plus(extra)
     parts = {part: num_micro * s for part, s in on_slowest.by_part.items()}
-    redone = merge({}, times.forward.by_part, again * num_layers * num_micro)
+    redone = merge({}, redone_once.by_part, num_layers * num_micro)
     parts = {part: s - redone.get(part, 0.0) for part, s in parts.items()}
     pieces = parts | {RECOMPUTED: sum(redone.values(), start=0.0)}
     pieces |= {piece: num_micro * num_layers * s for piece, s in exposed.items()}
@@ -208,7 +237,7 @@ def _pipeline(cfg: TransformerConfig, times: LayerTimes, plan: Plan, num_micro: 
         pieces=pieces,
         by_resource={r: num_micro * s for r, s in on_slowest.by_resource.items()},
         forward_s=num_layers * forward_s,
-        backward_s=num_layers * (backward_s + again * forward_s),
+        backward_s=num_layers * (backward_s + again * forward_s + some * times.selective.lower_s),
         exchange_s=moving_layers * sum(moved.values(), start=0.0),
         compute_lower_s=num_micro * lower + fill_lower,
         compute_upper_s=num_micro * upper + fill_upper,
@@ -262,7 +291,9 @@ def replicated_parameters(
     )
 
 
-def _optimizer_seconds(cfg: TransformerConfig, plan: Plan, on: Cluster, recipe: Recipe) -> Totals:
+def _optimizer_seconds(
+    cfg: TransformerConfig, plan: Plan, on: Cluster, recipe: Recipe, stack: OnDevice | None
+) -> Totals:
     """The parameter update, on a shard where ZeRO shards the optimizer."""
     sharded = plan.zero_stage >= 1
     own: Num = 0.0
@@ -271,7 +302,10 @@ def _optimizer_seconds(cfg: TransformerConfig, plan: Plan, on: Cluster, recipe: 
     # In single precision the master copy is the weight: there is no other to write.
     copy_bytes = 0 if recipe.dtype == FP32 else recipe.weight_bytes
     nodes = optimizer(own, grad_bytes=recipe.gradient_bytes, weight_bytes=copy_bytes)
-    return total_seconds(nodes, on=on.device)
+    if stack is None:
+        return total_seconds(nodes, on=on.device)
+    factor = stack.factors.optimizer / stack.factors.pointwise
+    return Totals().plus(total_seconds(nodes, on=on.device, stack=stack), factor)
 
 
 def distinct_shapes(plan: Plan) -> tuple[Plan, np.ndarray | None]:
@@ -318,4 +352,5 @@ def _take(times: LayerTimes, index: np.ndarray) -> LayerTimes:
         exchange_backward=table(times.exchange_backward),
         exposed_forward=table(times.exposed_forward),
         exposed_backward=table(times.exposed_backward),
+        selective=totals(times.selective),
     )

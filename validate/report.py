@@ -22,6 +22,7 @@ from validate.bars import (
     verdicts,
 )
 from validate.compare import Ablation, Comparison, Points, Table, errors
+from validate.step_accuracy import StepAccuracy
 from validate.steps import StepComparison, StepTable
 
 
@@ -233,6 +234,30 @@ def _noise(floor: float | None) -> str:
 def _cell(text: str) -> str:
     """A text of the data as it may stand in a cell of a table."""
     return " ".join(text.split()).replace("|", "/").replace("<", "&lt;")
+
+
+def step_model_markdown(tables: Sequence[StepAccuracy]) -> str:
+    """The section on the calibrated step: errors by source and GPU; nothing without tables."""
+    if not tables:
+        return ""
+    lines = [
+        "",
+        "### The calibrated step",
+        "",
+        "Kernels as the framework runs them (`simulator.stack`), fitted factors, errors in %. "
+        "*Left out*: fitted without this table's runs. *Fitted*: runs that the factors have "
+        "seen. *Assumed*: runs whose rows leave the plan open in part (`validate.trainers`).",
+        "",
+        "| source | GPU | n | MAPE | median | max | bias | in 80 | left out | fitted | assumed |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for t in tables:
+        values = (t.mape, t.median_ape, t.max_ape, t.bias, t.coverage_80, t.left_out_mape)
+        shown = " | ".join(percent(v) for v in values)
+        lines.append(
+            f"| {_cell(t.source)} | {_cell(t.gpu)} | {t.n} | {shown} | {t.fitted} | {t.assumed} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def steps_markdown(comparison: StepComparison, ratios: StepRatios | None = None) -> str:

@@ -23,12 +23,16 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any, Final
 
+import numpy as np
+
 from hwmodels import catalog
 from hwmodels.cluster import Cluster
 from hwmodels.errors import InputError
+from simulator.memory import training_memory
 from simulator.recipe import RECIPES, Recipe
 from validate.adapters import Uncounted, is_training_step
 from validate.measurement import Measurement
+from validate.trainers import CHUNKS, MICRO_BATCHES, Trainer, trainer_of
 from workloads.models.architecture import LAYER_NORM, Attention, Mlp, TransformerConfig
 from workloads.models.parameters import count_parameters
 from workloads.models.transformer import TrainStep
@@ -67,7 +71,11 @@ SAME_RUN: Final = "another row states the time of the same run"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One published run and its measured seconds per optimizer step."""
+    """One published run and its measured seconds per optimizer step.
+
+    `stack` names the framework where it is known. `assumed` are the parts of the plan that the row
+    leaves open; where they leave a choice, the fields of `plan` are arrays of what is possible.
+    """
 
     row: Measurement
     plan: Plan
@@ -75,6 +83,8 @@ class Run:
     recipe: Recipe
     cluster: Cluster
     seconds: float
+    stack: str | None = None
+    assumed: tuple[str, ...] = ()
 
     @property
     def source(self) -> str:
@@ -101,9 +111,12 @@ def digest(row: Measurement) -> str:
 
 
 def read_runs(
-    rows: Iterable[Measurement],
+    rows: Iterable[Measurement], *, assume: bool = False
 ) -> tuple[tuple[Run, ...], tuple[tuple[Measurement, str], ...]]:
-    """Every run among training rows, and every other row with the reason why it is none."""
+    """Every run among training rows, and every other row with the reason why it is none.
+
+    With `assume`, what a row leaves open of its plan is filled in as `validate.trainers` says.
+    """
     rows = tuple(filter(is_training_step, rows))
     published = {(identity(row), row.op) for row in rows}
     runs: list[Run] = []
@@ -114,18 +127,21 @@ def read_runs(
             others.append((row, SAME_RUN))
             continue
         try:
-            runs.append(run(row))
+            runs.append(run(row, assume=assume))
         except Uncounted as why:
             others.append((row, str(why)))
     return tuple(runs), tuple(others)
 
 
-def run(row: Measurement) -> Run:
+def run(row: Measurement, *, assume: bool = False) -> Run:
     """The run that a row states; raises `Uncounted` with what is missing."""
     if row.op not in METRICS:
         raise Uncounted(NOT_A_STEP)
     model, layout = row.params["model"], row.params["parallelism"]
     cfg, recipe = _config(model), _recipe(row)
+    trainer = trainer_of(row.source, layout)
+    if assume and trainer is not None and _is_open(layout, trainer):
+        return _assumed(row, cfg, recipe, trainer)
     plan = _plan(layout, row.params["num_gpus"])
     batch = _global_batch(row, layout, plan)
     try:
@@ -136,7 +152,57 @@ def run(row: Measurement) -> Run:
     value = float(row.params["value"])
     tokens = float(step.num_tokens)
     seconds = value if row.op in SECONDS else tokens / (value * row.params["num_gpus"])
-    return Run(row=row, plan=plan, step=step, recipe=recipe, cluster=cluster, seconds=seconds)
+    return Run(
+        row=row, plan=plan, step=step, recipe=recipe, cluster=cluster, seconds=seconds,
+        stack=trainer.stack if trainer else None,
+    )  # fmt: skip
+
+
+def _is_open(layout: Mapping[str, Any], trainer: Trainer) -> bool:
+    return any(key not in layout for key in (*trainer.assumed, "microbatch"))
+
+
+def _assumed(row: Measurement, cfg: TransformerConfig, recipe: Recipe, trainer: Trainer) -> Run:
+    """The run with every micro-batch and number of chunks that its row leaves possible."""
+    stated = dict(row.params["parallelism"])
+    filled = {**trainer.assumed, **stated}
+    chunks = CHUNKS if filled.get("pp", 1) > 1 and "interleave" not in filled else (None,)
+    possible: list[Run] = []
+    why = "no micro-batch is possible"
+    for micro in MICRO_BATCHES if "microbatch" not in filled else (filled["microbatch"],):
+        for number in chunks:
+            layout = filled | {"microbatch": micro} | ({"interleave": number} if number else {})
+            tried = replace(row, params={**row.params, "parallelism": layout})
+            try:
+                found = run(tried)
+            except Uncounted as refused:
+                why = str(refused)
+                continue
+            if _is_possible(found, cfg):
+                possible.append(found)
+    if not possible:
+        raise Uncounted(why)
+    names = tuple(key for key in (*filled, "microbatch", "interleave") if key not in stated)
+    plans = [one.plan for one in possible]
+    plan = replace(
+        plans[0],
+        micro_batch=np.asarray([float(p.micro_batch) for p in plans]),
+        interleave=np.asarray([float(p.interleave) for p in plans]),
+    )
+    return replace(possible[0], row=row, plan=plan, stack=trainer.stack,
+                   assumed=tuple(dict.fromkeys(names)))  # fmt: skip
+
+
+def _is_possible(run: Run, cfg: TransformerConfig) -> bool:
+    """Chunks divide the layers of a stage, micro-batches the stages, and all of it fits."""
+    plan = run.plan
+    stage = ceil_div(cfg.num_layers, plan.pp)
+    if plan.interleave > 1 and stage % plan.interleave:
+        return False
+    if plan.interleave > 1 and plan.num_micro_batches(run.step.global_batch) % plan.pp:
+        return False
+    needed = training_memory(run.step, plan=plan, recipe=run.recipe).total
+    return bool(needed <= run.cluster.device.hbm.capacity_bytes)
 
 
 def identity(row: Measurement) -> str:

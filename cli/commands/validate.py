@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hwmodels.calibration import Calibration
     from validate.compare import Ablation, Comparison, Table
     from validate.measurement import Readings
+    from validate.step_accuracy import StepAccuracy
     from validate.steps import StepComparison
 
 SCOPE_WORDS: Final[Mapping[str, str]] = {"architecture": "arch"}
@@ -66,25 +67,30 @@ def validate(
     calibrations = given.calibrations(calibration, targets)
     with patience(f"comparing {shown(path)}"):
         from validate.compare import compare
+        from validate.step_accuracy import as_dicts, step_accuracy
         from validate.steps import compare_steps
 
         readings = _read(path, family, targets)
         comparison = compare(readings.rows, readings.refused, calibrations)
         steps = compare_steps(readings.rows)
+        accuracy = step_accuracy(readings.rows)
         steps_of_calibration = _ablation(readings, calibrations) if ablation else ()
     contents: dict[Path, bytes] = {}
     if markdown is not None:
-        text = _markdown(comparison, steps, steps_of_calibration, path, family)
+        text = _markdown(comparison, steps, accuracy, steps_of_calibration, path, family)
         contents[markdown] = text.encode()
     if html is not None:
         with patience("drawing"):
             contents[html] = _page(comparison, path)
     write_all(contents)
     if as_json:
-        found = comparison.as_dict() | {"training_steps": steps.as_dict()}
+        found = comparison.as_dict() | {
+            "training_steps": steps.as_dict() | {"model": as_dicts(accuracy)}
+        }
         show.print_json(found | ({"ablation": steps_of_calibration} if ablation else {}))
     else:
         _print_steps(steps)
+        _print_accuracy(accuracy)
         _print(comparison)
         _print_ablation(steps_of_calibration)
         for file in contents:
@@ -120,6 +126,7 @@ def _page(comparison: Comparison, path: Path) -> bytes:
 def _markdown(
     comparison: Comparison,
     steps: StepComparison,
+    accuracy: Sequence[StepAccuracy],
     ablation: Sequence[Ablation],
     path: Path,
     family: str | None,
@@ -127,7 +134,7 @@ def _markdown(
     import datetime
 
     from hwmodels.step_ratios import shipped_ratios
-    from validate.report import accuracy_markdown, steps_markdown
+    from validate.report import accuracy_markdown, step_model_markdown, steps_markdown
 
     name = path.resolve().name
     chosen = f" --family {family}" if family else ""
@@ -137,9 +144,32 @@ def _markdown(
         on=datetime.date.today(),
         data=name,
         command=f"ridgeplan validate {name}{chosen}{more} --markdown FILE",
-        steps=steps_markdown(steps, shipped_ratios()) if steps.num_rows else "",
+        steps=_steps_text(steps_markdown(steps, shipped_ratios()), step_model_markdown(accuracy))
+        if steps.num_rows
+        else "",
         ablation=ablation,
     )
+
+
+def _steps_text(bound: str, model: str) -> str:
+    return f"{bound}\n{model}" if model else bound
+
+
+def _print_accuracy(tables: Sequence[StepAccuracy]) -> None:
+    """Errors of the calibrated step by source and GPU."""
+    from validate.report import percent
+
+    if not tables:
+        return
+    numbers = ("n", "MAPE", "median", "max", "bias", "in 80", "left out", "fitted", "assumed")
+    made = show.table("source", "GPU", *numbers, right=numbers,
+                      title="training steps, calibrated: errors in %")  # fmt: skip
+    made.padding = (0, 1, 0, 0)
+    for t in tables:
+        values = (t.mape, t.median_ape, t.max_ape, t.bias, t.coverage_80, t.left_out_mape)
+        identity = shown(t.source, 26), shown(t.gpu, 24)
+        made.add_row(*identity, str(t.n), *map(percent, values), str(t.fitted), str(t.assumed))
+    show.console().print(made)
 
 
 def _print_steps(steps: StepComparison) -> None:

@@ -68,6 +68,7 @@ class Rank:
     causal: bool
     absorbed: bool
     dtype: DType
+    fused: bool = True
 
     @property
     def tokens(self) -> Num:

@@ -23,6 +23,9 @@ from workloads.models.parameters import (
     moe_of,
 )
 from workloads.numeric import Num, any_true, ceil_div, maximum, minimum, where
+from workloads.op import Op
+from workloads.ops.attention import StandardAttention
+from workloads.ops.attention_backward import StandardAttentionBackward
 from workloads.ops.flash_attention import FlashAttention2
 from workloads.ops.flash_attention_backward import FlashAttention2Backward
 from workloads.plan import Plan
@@ -40,6 +43,7 @@ def layer(
     training: bool,
     causal: bool = True,
     absorbed: bool = False,
+    fused: bool = True,
     dtype: DType = BF16,
 ) -> Workload:
     """One layer on one rank for a micro-batch of `batch` sequences of `len_q` new tokens.
@@ -47,7 +51,8 @@ def layer(
     `len_kv` counts the cached positions and the new ones (default: `len_q`). `absorbed` applies to
     latent attention only: the expansion of K and V is folded into the query and the output, and
     all heads attend to the cached latent itself, which pays when few queries meet many keys
-    (DeepSeek-V2, arXiv 2405.04434, section 2.1.2). Sizes and plan fields may be arrays.
+    (DeepSeek-V2, arXiv 2405.04434, section 2.1.2). Without `fused`, attention writes its scores.
+    Sizes and plan fields may be arrays.
 
     >>> from workloads.models.config import load_hf_config
     >>> one = layer(load_hf_config("examples/llama3-8b.json"), batch=1, len_q=8192, training=False)
@@ -64,6 +69,7 @@ def layer(
         causal=causal,
         absorbed=absorbed and isinstance(cfg.attention, LatentAttention),
         dtype=dtype,
+        fused=fused,
     )
     attention = [norm(rank, "attention_norm", opens_block=True), *_attention(rank)]
     block = _moe(rank) if kind == "moe" else _mlp(rank)
@@ -174,12 +180,20 @@ def _scores(rank: Rank, heads: Num, kv_heads: Num, head_dim: int, v_dim: int) ->
         Step(
             name=name,
             part="attention",
-            op=op,
-            gradients=(("backward", FlashAttention2Backward(**vars(op))),),
+            op=forward,
+            gradients=(("backward", backward),),
             count=count / rank.plan.cp,
         )
         for name, op, count in _windowed(rank, whole)
+        for forward, backward in (_kernels(op, fused=rank.fused),)
     ]
+
+
+def _kernels(op: FlashAttention2, *, fused: bool) -> tuple[Op, Op]:
+    """Attention and its backward, fused or with its scores in memory."""
+    if fused:
+        return op, FlashAttention2Backward(**vars(op))
+    return StandardAttention(**vars(op)), StandardAttentionBackward(**vars(op))
 
 
 def _windowed(rank: Rank, whole: FlashAttention2) -> list[tuple[str, FlashAttention2, Num]]:

@@ -175,7 +175,7 @@ class TrainStep:
         """What the step needs by the MFU convention; see `model_flops`."""
         return model_flops(self.config, self.len_seq, self.num_tokens)
 
-    def layer(self, kind: str, plan: Plan, *, dtype: DType = BF16) -> Workload:
+    def layer(self, kind: str, plan: Plan, *, dtype: DType = BF16, fused: bool = True) -> Workload:
         """One layer, forward and backward, for one micro-batch on one rank."""
         return layer(
             self.config,
@@ -184,6 +184,7 @@ class TrainStep:
             len_q=self.len_seq,
             plan=plan,
             training=True,
+            fused=fused,
             dtype=dtype,
         )
 

@@ -1,0 +1,165 @@
+"""Factors of training steps, fitted on published ones: a weighted least-squares fit with priors.
+
+    minimise  sum over sources of the mean of (ln predicted / measured / SCATTER)^2,
+              made robust, + sum over factors of (ln factor / prior / spread)^2
+
+Every source and GPU weighs as much as the root of its runs, so that a table of seventy rows does
+not drown one of four. `python -m validate.step_fit DIR` writes what `hwmodels.step_factors` reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import least_squares
+
+from hwmodels.errors import InputError
+from hwmodels.step_factors import FACTORS_FILE, KIND, SCHEMA
+from hwmodels.step_ratios import digest_of
+from simulator.stack import OnDevice, factor_names, factors_of, prior_of, stack
+from simulator.step import training_step
+from validate.adapters import TRAINING_FAMILY
+from validate.measurement import Measurement, csv_files, read
+from validate.runs import METRICS, Run, digest, identity, read_runs
+from validate.steps import write_atomically
+
+SCATTER: Final = 0.05
+"""Half of what two releases of one framework differ by on one configuration (dense models)."""
+ROBUST: Final = 2.0
+DIGITS: Final = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """Factors by name, and the runs they were fitted on with ln(predicted / measured)."""
+
+    values: Mapping[str, float]
+    runs: tuple[Run, ...]
+    errors: NDArray[np.float64]
+
+
+def predicted_s(run: Run, values: Mapping[str, float]) -> float:
+    """Seconds of a run on the calibrated rung: of its possible plans, the fastest."""
+    assert run.stack is not None
+    framework = stack(run.stack)
+    device = run.cluster.device
+    on_device = OnDevice(stack=framework, factors=factors_of(framework, device, values))
+    e = training_step(run.step, plan=run.plan, on=run.cluster, recipe=run.recipe, stack=on_device)
+    return float(np.min(e.seconds))
+
+
+def group_of(run: Run) -> str:
+    """Runs that share a source and a GPU: a publisher's table."""
+    return f"{run.stack} {run.row.gpu}"
+
+
+def fit(runs: Sequence[Run]) -> Fit:
+    """The factors that the runs' frameworks and devices use, from these runs."""
+    names = sorted(
+        {n for r in runs if r.stack for n in factor_names(stack(r.stack), r.cluster.device)}
+    )
+    priors = np.array([prior_of(n)[0] for n in names])
+    spreads = np.array([prior_of(n)[1] for n in names])
+    sizes = Counter(group_of(r) for r in runs)
+    weights = np.array([sizes[group_of(r)] ** -0.5 for r in runs])
+    measured = np.array([r.seconds for r in runs])
+
+    def errors(logs: NDArray[np.float64]) -> NDArray[np.float64]:
+        values = dict(zip(names, (priors * np.exp(logs * spreads)).tolist(), strict=True))
+        found: NDArray[np.float64] = np.log([predicted_s(r, values) for r in runs] / measured)
+        return found
+
+    def residuals(logs: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.concatenate((errors(logs) * weights / SCATTER, logs))
+
+    found = least_squares(
+        residuals,
+        np.zeros(len(names)),
+        loss="soft_l1",
+        f_scale=ROBUST,
+        diff_step=1e-3,
+        ftol=1e-4,
+        xtol=1e-3,
+    )
+    best = priors * np.exp(found.x * spreads)
+    return Fit(
+        values=dict(zip(names, best.tolist(), strict=True)),
+        runs=tuple(runs),
+        errors=errors(found.x),
+    )
+
+
+def left_out(runs: Sequence[Run]) -> dict[str, float]:
+    """Mean error in % of each group's runs where the factors were fitted without them."""
+    found = {}
+    for group in sorted({group_of(r) for r in runs}):
+        values = fit([r for r in runs if group_of(r) != group]).values
+        own = [r for r in runs if group_of(r) == group]
+        off = [abs(predicted_s(r, values) / r.seconds - 1) for r in own]
+        found[group] = 100 * float(np.mean(off))
+    return found
+
+
+def document(rows: Iterable[Measurement], *, on: datetime.date) -> dict[str, Any]:
+    """What `hwmodels.step_factors` reads, fitted on these rows."""
+    rows = tuple(rows)
+    runs = [r for r in read_runs(rows, assume=True)[0] if r.stack is not None]
+    if not runs:
+        raise InputError("no training run among these rows; give a folder with steps_training.csv")
+    found = fit(runs)
+    known = {identity(r.row) for r in runs}
+    used = sorted({digest(r) for r in rows if r.op in METRICS and identity(r) in known})
+    off = np.abs(found.errors)
+    return {
+        "schema": SCHEMA,
+        "kind": KIND,
+        "date": on.isoformat(),
+        "rows_digest": digest_of(used),
+        "num_runs": len(runs),
+        "sources": sorted({r.row.source for r in runs}),
+        "factors": {
+            name: {
+                "value": round(value, DIGITS),
+                "prior": prior_of(name)[0],
+                "spread": prior_of(name)[1],
+            }
+            for name, value in found.values.items()
+        },
+        "half_80": round(float(np.quantile(off, 0.8)), DIGITS),
+        "half_90": round(float(np.quantile(off, 0.9)), DIGITS),
+        "left_out": {k: round(v, 2) for k, v in left_out(runs).items()},
+        "rows": used,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m validate.step_fit DIR`: fit the factors on a folder's steps_training.csv."""
+    parser = argparse.ArgumentParser(prog="python -m validate.step_fit", description=main.__doc__)
+    parser.add_argument("folder", metavar="DIR", type=Path, help="rows a calibration may use")
+    parser.add_argument("--output", metavar="FILE", type=Path, default=FACTORS_FILE)
+    given = parser.parse_args(arguments)
+    try:
+        rows = [row for f in csv_files(given.folder, TRAINING_FAMILY) for row in read(f).rows]
+        written = document(rows, on=datetime.date.today())
+        write_atomically(given.output, written)
+    except (InputError, OSError) as error:
+        print(f"validate.step_fit: error: {error}", file=sys.stderr)
+        return 2
+    for name, entry in written["factors"].items():
+        print(f"{name:28} {entry['value']:8.4f}  prior {entry['prior']:g} +- {entry['spread']:g}")
+    for name, mape in written["left_out"].items():
+        print(f"left out {name:36} {mape:5.1f} %")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
