@@ -25,6 +25,7 @@ COMMANDS: Final = (
     "scaling",
     "roofline",
     "plan",
+    "simulate",
     "predict",
     "validate",
     "calibrate",

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from cli.quantity import count_text, seconds_text
+from cli.quantity import count_text, parse_count, seconds_text, shown
+from hwmodels.errors import InputError
 
 if TYPE_CHECKING:
     from hwmodels.step_ratios import StepRatio
     from simulator.planners.parallelism import Candidate, PlanChoice, Step
+    from workloads.models.config import TransformerConfig
+
+MOST: Final = 2**30
+"""Tokens in a sequence, sequences in a batch: more is a slip of the keyboard."""
+PIN_WORDS: Final = {"mb": "micro_batch", "v": "interleave", "zero": "zero_stage"}
+"""Fields of a plan as its short form writes them."""
 
 RUNG: Final = "bound: kernels at their roofline, links at wire rate; the lower bound is a floor"
 
@@ -104,3 +111,50 @@ def short_plan(candidate: Candidate) -> str:
     return (
         text.replace(" recompute-none", "").replace("recompute-full", "full").replace(" zero0", "")
     )
+
+
+def whole(text: str, option: str) -> int:
+    """A size of the question: whole, positive, and of this world."""
+    number = parse_count(text, option)
+    if not 1 <= number <= MOST or number != int(number):
+        most = count_text(MOST)
+        raise InputError(f"{option} = '{shown(text)}' is not a whole number from 1 to {most}")
+    return int(number)
+
+
+def pins_given(given: list[str], option: str = "--pin") -> dict[str, int]:
+    """Field of the plan -> its value; short words as a plan is written are welcome."""
+    from cli.questions import pairs
+
+    pins: dict[str, int] = {}
+    for key, text in pairs(given, option, "tp=8"):
+        field = PIN_WORDS.get(key.casefold(), key.casefold())
+        told = _recompute(text) if field == "recompute" else text
+        number = parse_count(told, f"{option} {shown(key)}")
+        least = 0 if field in ("recompute", "zero_stage") else 1
+        if number < least or number != int(number):
+            raise InputError(
+                f"{option} {shown(key)} = '{shown(text)}' is not a whole number from {least} up"
+            )
+        if field in pins:
+            raise InputError(f"{option} {shown(field)} is given twice; keep one")
+        pins[field] = int(number)
+    return pins
+
+
+def _recompute(text: str) -> str:
+    """The number of a recompute mode that is given by its name."""
+    from workloads.plan import Recompute
+
+    names = {mode.name.casefold(): str(int(mode)) for mode in Recompute}
+    return names.get(text.casefold(), text)
+
+
+def question_of(kind: str, config: TransformerConfig, len_seq: int, batch: int) -> Step:
+    """One step of that phase."""
+    from workloads.models.transformer import decode_step, prefill_step, train_step
+
+    if kind == "train":
+        return train_step(config, len_seq=len_seq, global_batch=batch)
+    make = prefill_step if kind == "prefill" else decode_step
+    return make(config, batch=batch, len_context=len_seq)

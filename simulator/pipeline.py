@@ -51,14 +51,15 @@ class PipelineRun:
         stages = range(self.schedule.num_stages)
         return sum(self.idle_s(s) for s in stages) / (len(stages) * self.seconds)
 
-    def in_flight(self, stage: int) -> int:
-        """Most micro-batch chunks that a stage holds between forward and last backward pass."""
-        held = most = 0
-        for p in self.schedule.passes[stage]:
-            held += p.kind in (FORWARD, BOTH)
-            most = max(most, held)
-            held -= p.kind in (BACKWARD, BOTH, WEIGHT_GRAD)
-        return most
+
+def in_flight(plan: Schedule, stage: int) -> int:
+    """Most micro-batch chunks that a stage holds between forward and last backward pass."""
+    held = most = 0
+    for p in plan.passes[stage]:
+        held += p.kind in (FORWARD, BOTH)
+        most = max(most, held)
+        held -= p.kind in (BACKWARD, BOTH, WEIGHT_GRAD)
+    return most
 
 
 def run_pipeline(plan: Schedule, seconds: PassSeconds, send_s: float = 0.0) -> PipelineRun:
@@ -72,10 +73,10 @@ def run_pipeline(plan: Schedule, seconds: PassSeconds, send_s: float = 0.0) -> P
     tasks: list[Task] = []
     task_of: dict[tuple[int, int], int] = {}
     done: dict[tuple[str, int, int], int] = {}
-    waiting = _in_order(plan)
+    waiting = in_order(plan)
     for stage, position, p in waiting:
         after = []
-        for key, sender in _needs(plan, stage, p):
+        for key, sender in needs(plan, stage, p):
             cause = done[key]
             if sender != stage and send_s > 0:
                 link = f"link {sender}-{stage}"
@@ -86,16 +87,16 @@ def run_pipeline(plan: Schedule, seconds: PassSeconds, send_s: float = 0.0) -> P
                 cause = len(tasks) - 1
             after.append(cause)
         task_of[stage, position] = len(tasks)
-        for key in _gives(plan, stage, p):
+        for key in gives(plan, stage, p):
             done[key] = len(tasks)
         tasks.append(
-            Task(name=_name(p), stream=f"stage {stage}", seconds=seconds(stage, p),
+            Task(name=pass_name(p), stream=f"stage {stage}", seconds=seconds(stage, p),
                  after=tuple(after), kind=p.kind)
         )  # fmt: skip
     return PipelineRun(schedule=plan, timeline=run(tasks), task_of=task_of)
 
 
-def _in_order(plan: Schedule) -> Iterator[tuple[int, int, Pass]]:
+def in_order(plan: Schedule) -> Iterator[tuple[int, int, Pass]]:
     """(stage, position, pass) so that everything a pass needs comes before it."""
     at = [0] * plan.num_stages
     given: set[tuple[str, int, int]] = set()
@@ -105,10 +106,10 @@ def _in_order(plan: Schedule) -> Iterator[tuple[int, int, Pass]]:
         for stage, own in enumerate(plan.passes):
             while at[stage] < len(own):
                 p = own[at[stage]]
-                if not all(key in given for key, _ in _needs(plan, stage, p)):
+                if not all(key in given for key, _ in needs(plan, stage, p)):
                     break
                 yield stage, at[stage], p
-                given.update(_gives(plan, stage, p))
+                given.update(gives(plan, stage, p))
                 at[stage] += 1
                 left -= 1
         if left == before:
@@ -126,7 +127,7 @@ def _halves(p: Pass) -> Iterator[tuple[str, int, int]]:
         yield BACKWARD if kind == INPUT_GRAD else kind, p.micro_batch, p.chunk
 
 
-def _needs(plan: Schedule, stage: int, p: Pass) -> Iterator[tuple[tuple[str, int, int], int]]:
+def needs(plan: Schedule, stage: int, p: Pass) -> Iterator[tuple[tuple[str, int, int], int]]:
     """(what, part, micro-batch) a pass waits for, and the stage that has it."""
     for kind, micro, chunk in _halves(p):
         part = plan.parts[chunk][stage]
@@ -140,7 +141,8 @@ def _needs(plan: Schedule, stage: int, p: Pass) -> Iterator[tuple[tuple[str, int
             yield (BACKWARD, part, micro), stage
 
 
-def _gives(plan: Schedule, stage: int, p: Pass) -> Iterator[tuple[str, int, int]]:
+def gives(plan: Schedule, stage: int, p: Pass) -> Iterator[tuple[str, int, int]]:
+    """(what, part, micro-batch) that a pass makes."""
     for kind, micro, chunk in _halves(p):
         yield kind, plan.parts[chunk][stage], micro
 
@@ -153,7 +155,8 @@ def _stage_of(plan: Schedule, part: int, chunk: int) -> int:
     raise InputError(f"schedule {plan.name}: no stage holds part {part}")
 
 
-def _name(p: Pass) -> str:
+def pass_name(p: Pass) -> str:
+    """'F3', 'B3.1' in chunk 1, 'F3&BW0' for two at once."""
     chunk = f".{p.chunk}" if p.chunk else ""
     second = f"&BW{p.second[0]}" if p.second else ""
     kind = FORWARD if p.kind == BOTH else p.kind

@@ -11,8 +11,8 @@ some of the memory bandwidth. So on the calibrated rung
     optimizer    t_kernel * optimizer      passes over the states where one would do
     layer        + layer_s                 a layer of a micro-batch: launches that nothing hides
     tensor       t_exchange * tensor       tensor-parallel collectives, waited for or overlapped
-    exposed      max(excess, exposed t)    share of data-parallel exchange that is felt even where
-                                           kernels could hide all of it
+    exposed      + exposed t_hidden        what data-parallel exchange under kernels costs these:
+                                           processors, memory bandwidth, gaps between its parts
 
 The factors are fitted on published steps (`python -m validate.step_fit`), a handful in all: none
 belongs to a model, a size or a plan.
@@ -133,7 +133,7 @@ STACKS: Final[Mapping[str, Stack]] = FrozenDict(
 def stack(name: str) -> Stack:
     """The framework of that name."""
     if name not in STACKS:
-        raise UnknownNameError("stack", name, STACKS)
+        raise UnknownNameError("stack", name, STACKS, f"one of {', '.join(STACKS)}, or bound")
     return STACKS[name]
 
 
@@ -212,7 +212,7 @@ def factors_of(framework: Stack, device: Device, values: Mapping[str, float]) ->
         tensor=_value(f"{TENSOR}/{framework.tensor}", values),
         exposed=1.0
         if framework.exposed == SERIAL
-        else _value(f"{EXPOSED}/{framework.exposed}", values),
+        else min(_value(f"{EXPOSED}/{framework.exposed}", values), 1.0),
     )
 
 

@@ -144,12 +144,15 @@ def training_step(
     if inverse is not None:
         times = _take(times, inverse)
     num_micro = plan.num_micro_batches(step.global_batch)
-    pipeline = _pipeline(cfg, times, plan, num_micro, stack.factors if stack else Factors())
+    pipeline = _pipeline(cfg, times, plan, num_micro, stack.factors if stack else None)
     sends_s = send_seconds(cfg, step.len_seq, plan, on, recipe)
     data_all, data_exposed = _data_exchange(cfg, plan, pipeline, num_micro, on, recipe)
     if stack is not None:
-        data_exposed = maximum(data_exposed, stack.factors.exposed * data_all)
-    update = _optimizer_seconds(cfg, plan, on, recipe, stack)
+        # Once a step, the first and the last passes of all stages follow each other.
+        stages = where(plan.zero_stage >= 2, 1.0, 1 + (plan.pp - 1) / plan.interleave)
+        hidden = data_all - data_exposed
+        data_exposed = data_exposed + stack.factors.exposed * stages * hidden
+    update = optimizer_seconds(cfg, plan, on, recipe, stack)
     fill_sends = 2 * (plan.pp - 1) * sends_s
     pieces = {
         **pipeline.pieces,
@@ -185,12 +188,16 @@ class _Pipeline:
 
 
 def _pipeline(
-    cfg: TransformerConfig, times: LayerTimes, plan: Plan, num_micro: Num, factors: Factors
+    cfg: TransformerConfig, times: LayerTimes, plan: Plan, num_micro: Num, factors: Factors | None
 ) -> _Pipeline:
     again = where(plan.recompute == Recompute.FULL, 1.0, 0.0)
     some = where(plan.recompute == Recompute.SELECTIVE, 1.0, 0.0)
     redone_once = Totals().plus(times.forward, again).plus(times.selective, some)
-    passes = times.forward.plus(redone_once).plus(times.backward).plus(gaps(factors.layer_s))
+    passes = (
+        times.forward.plus(redone_once)
+        .plus(times.backward)
+        .plus(gaps(factors.layer_s if factors else 0.0))
+    )
     exposed = merge(times.exposed_forward, times.exposed_forward, again)
     exposed = merge(exposed, times.exposed_backward, 1.0)
     moved = merge(times.exchange_forward, times.exchange_forward, again)
@@ -226,6 +233,9 @@ def _pipeline(
     backward_s = times.backward.lower_s - (
         times.exchange_backward[CONTEXT] - times.exposed_backward[CONTEXT]
     )
+    if factors is not None:  # what waits for tensor-parallel collectives hides gradients too
+        forward_s = forward_s + sum(times.exposed_forward.values(), start=0.0)
+        backward_s = backward_s + sum(times.exposed_backward.values(), start=0.0)
     on_slowest = Totals().plus(passes, num_layers).plus(extra)
     parts = {part: num_micro * s for part, s in on_slowest.by_part.items()}
     redone = merge({}, redone_once.by_part, num_layers * num_micro)
@@ -252,7 +262,29 @@ def _data_exchange(
     on: Cluster,
     recipe: Recipe,
 ) -> tuple[Num, Num]:
-    """Seconds of gradient and weight exchange: all of it, and what nothing hides."""
+    """Seconds of gradient and weight exchange: all of it, and what nothing hides.
+
+    Once a step, weights hide under a forward and gradients under a backward pass. ZeRO 2 reduces
+    after every micro-batch, which hides under the next one's passes too, and ZeRO 3 has one port
+    for both all step long.
+    """
+    reduce_s, gather_s = data_seconds(cfg, plan, on, recipe)
+    forward_s, backward_s = pipeline.forward_s, pipeline.backward_s
+    reduces = where(plan.zero_stage >= 2, num_micro, 1.0)
+    gathers = where(plan.zero_stage >= 3, 2 * num_micro, 1.0)  # again for the backward pass
+    before = maximum(gather_s - forward_s, 0.0)
+    room = reduces * backward_s + (reduces - 1) * forward_s
+    after = maximum(maximum(reduce_s - backward_s, reduces * reduce_s - room), 0.0)
+    all_s = gathers * gather_s + reduces * reduce_s
+    whole = maximum(all_s - num_micro * (forward_s + backward_s), 0.0)
+    sharded = plan.zero_stage >= 3
+    return all_s, where(sharded, whole, before + after)
+
+
+def data_seconds(
+    cfg: TransformerConfig, plan: Plan, on: Cluster, recipe: Recipe
+) -> tuple[Num, Num]:
+    """Seconds in which a stage's gradients are reduced once, and its weights gathered once."""
     reduce_s: Num = 0.0
     gather_s: Num = 0.0
     for parameters, ranks, stride in replicated_parameters(cfg, plan):
@@ -271,12 +303,7 @@ def _data_exchange(
         sharded = plan.zero_stage >= 1
         reduce_s = reduce_s + where(sharded, seconds["reduce_scatter"], seconds["all_reduce"])
         gather_s = gather_s + where(sharded, seconds["all_gather"], 0.0)
-    reduces = where(plan.zero_stage >= 2, num_micro, 1.0)
-    gathers = where(plan.zero_stage >= 3, num_micro, 1.0)
-    again = where(plan.zero_stage >= 3, gather_s, 0.0)  # weights come back for the backward pass
-    before = gathers * maximum(gather_s - pipeline.forward_s, 0.0)
-    after = reduces * maximum(again + reduce_s - pipeline.backward_s, 0.0)
-    return gathers * (gather_s + again) + reduces * reduce_s, before + after
+    return reduce_s, gather_s
 
 
 def replicated_parameters(
@@ -291,7 +318,7 @@ def replicated_parameters(
     )
 
 
-def _optimizer_seconds(
+def optimizer_seconds(
     cfg: TransformerConfig, plan: Plan, on: Cluster, recipe: Recipe, stack: OnDevice | None
 ) -> Totals:
     """The parameter update, on a shard where ZeRO shards the optimizer."""

@@ -9,12 +9,22 @@ import typer
 
 from cli import show
 from cli.options import AsJson, Html, Out
-from cli.plans import RUNG, asked_of, asked_text, record, short_plan, step_text, why_not_best
+from cli.plans import (
+    RUNG,
+    asked_of,
+    asked_text,
+    pins_given,
+    question_of,
+    record,
+    short_plan,
+    step_text,
+    whole,
+    why_not_best,
+)
 from cli.quantity import (
     count_text,
     digits,
     parse,
-    parse_count,
     percent_text,
     scaled_text,
     seconds_text,
@@ -30,15 +40,9 @@ if TYPE_CHECKING:
     from hwmodels.cluster import Cluster
     from hwmodels.step_ratios import StepRatio
     from simulator.planners.parallelism import Candidate, PlanChoice, Step
-    from workloads.models.config import TransformerConfig
 
 PHASES: Final = ("train", "prefill", "decode")
-MOST: Final = 2**30
-"""Tokens in a sequence, sequences in a batch: more is a slip of the keyboard."""
 MOST_NODES: Final = 2**20
-
-PIN_WORDS: Final = {"mb": "micro_batch", "v": "interleave", "zero": "zero_stage"}
-"""Fields of a plan as its short form writes them."""
 
 Model: TypeAlias = Annotated[
     Path, typer.Argument(metavar="MODEL", help="A Hugging Face config.json (see examples/).")
@@ -123,9 +127,9 @@ def plan(
     if nodes > MOST_NODES:
         raise InputError(f"--nodes = {nodes} is more than {count_text(MOST_NODES)}; give fewer")
     kind = _phase(phase)
-    len_seq, batch = _whole(seq, "--seq"), _whole(global_batch, "--global-batch")
-    hbm_frac, pins = parse(hbm_fraction, "frac", "--hbm-fraction"), _pins(pin or [])
-    question = _question(kind, load_model(model), len_seq, batch)
+    len_seq, batch = whole(seq, "--seq"), whole(global_batch, "--global-batch")
+    hbm_frac, pins = parse(hbm_fraction, "frac", "--hbm-fraction"), pins_given(pin or [])
+    question = question_of(kind, load_model(model), len_seq, batch)
     system = catalog.cluster(cluster, nodes)
     with patience("evaluating plans"):
         choice = plan_parallelism(
@@ -160,52 +164,6 @@ def _phase(text: str) -> str:
     if kind not in PHASES:
         raise UnknownNameError("--phase", shown(text), PHASES, f"give {', '.join(PHASES)}")
     return kind
-
-
-def _whole(text: str, option: str) -> int:
-    """A size of the question: whole, positive, and of this world."""
-    number = parse_count(text, option)
-    if not 1 <= number <= MOST or number != int(number):
-        most = count_text(MOST)
-        raise InputError(f"{option} = '{shown(text)}' is not a whole number from 1 to {most}")
-    return int(number)
-
-
-def _pins(given: list[str]) -> dict[str, int]:
-    """Field of the plan -> its value; short words as a plan is written are welcome."""
-    from cli.questions import pairs
-
-    pins: dict[str, int] = {}
-    for key, text in pairs(given, "--pin", "tp=8"):
-        field = PIN_WORDS.get(key.casefold(), key.casefold())
-        told = _recompute(text) if field == "recompute" else text
-        number = parse_count(told, f"--pin {shown(key)}")
-        least = 0 if field in ("recompute", "zero_stage") else 1
-        if number < least or number != int(number):
-            raise InputError(
-                f"--pin {shown(key)} = '{shown(text)}' is not a whole number from {least} up"
-            )
-        if field in pins:
-            raise InputError(f"--pin {shown(field)} is given twice; keep one")
-        pins[field] = int(number)
-    return pins
-
-
-def _recompute(text: str) -> str:
-    """The number of a recompute mode that is given by its name."""
-    from workloads.plan import Recompute
-
-    names = {mode.name.casefold(): str(int(mode)) for mode in Recompute}
-    return names.get(text.casefold(), text)
-
-
-def _question(kind: str, config: TransformerConfig, len_seq: int, batch: int) -> Step:
-    from workloads.models.transformer import decode_step, prefill_step, train_step
-
-    if kind == "train":
-        return train_step(config, len_seq=len_seq, global_batch=batch)
-    make = prefill_step if kind == "prefill" else decode_step
-    return make(config, batch=batch, len_context=len_seq)
 
 
 def _show(choice: PlanChoice, question: Step, ratio: StepRatio | None) -> None:
