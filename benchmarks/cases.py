@@ -129,7 +129,10 @@ def cases() -> list[Case]:
     ]  # fmt: skip
 
 
-FAMILIES = ("attention", "sparse_attention", "kv_compression")
+FAMILIES = (
+    "attention", "sparse_attention", "kv_compression", "linear_attention", "scan_ssm", "rnn",
+    "convolution",
+)  # fmt: skip
 MILLION = 1_000_000
 SIZES = {"length": 4096, "size": 16, "fraction": 0.5}
 FIELDS = {"head_dim": 128, "num_heads": 32, "num_kv_heads": 8, "len_q": 1024}
@@ -158,13 +161,15 @@ def system_case(name: str, batch: NDArray[np.float64]) -> Case:
 
 
 def asked(name: str, batch: object) -> Op:
-    """The op of that name with usual sizes and those batches."""
+    """The op of that name with usual sizes and those batches; without any, as many more voxels."""
     values: dict[str, object] = {
         p.name: FIELDS.get(p.name, SIZES[p.kind])
         for p in registry.params(name).values()
         if p.required and p.kind in SIZES
     }
-    return registry.build(name, values | {"batch": batch})
+    known = registry.params(name)
+    varied = {"batch": batch} if "batch" in known else {"num_voxels": batch * SIZES["length"]}  # type: ignore[operator]
+    return registry.build(name, values | varied)
 
 
 def plan_case() -> Case:

@@ -138,11 +138,11 @@ def run(row: Measurement, *, assume: bool = False) -> Run:
     if row.op not in METRICS:
         raise Uncounted(NOT_A_STEP)
     model, layout = row.params["model"], row.params["parallelism"]
-    cfg, recipe = _config(model), _recipe(row)
+    cfg, recipe = transformer_of(model), _recipe(row)
     trainer = trainer_of(row.source, layout)
     if assume and trainer is not None and _is_open(layout, trainer):
         return _assumed(row, cfg, recipe, trainer)
-    plan = _plan(layout, row.params["num_gpus"])
+    plan = plan_of(layout, row.params["num_gpus"])
     batch = _global_batch(row, layout, plan)
     try:
         step = TrainStep(config=cfg, len_seq=_size(model, "seq"), global_batch=batch)
@@ -228,7 +228,7 @@ def _size(values: Mapping[str, Any], key: str) -> int:
     return int(value)
 
 
-def _config(model: Mapping[str, Any]) -> TransformerConfig:
+def transformer_of(model: Mapping[str, Any]) -> TransformerConfig:
     """The model by its sizes; where the row states the number of parameters, ours must agree."""
     if "experts" in model:
         raise Uncounted("a mixture of experts; the row leaves details of the model open")
@@ -276,7 +276,8 @@ def _recipe(row: Measurement) -> Recipe:
     return RECIPES[_RECIPES[row.dtype]]
 
 
-def _plan(layout: Mapping[str, Any], num_gpus: int) -> Plan:
+def plan_of(layout: Mapping[str, Any], num_gpus: int) -> Plan:
+    """The plan of a row's layout; raises `Uncounted` with what is missing."""
     if "microbatch" not in layout:
         raise Uncounted("the row states no micro-batch")
     recompute = str(layout.get("recompute"))

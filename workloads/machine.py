@@ -133,6 +133,16 @@ class Machine:
         with self.scope():
             yield
 
+    @contextmanager
+    def grid(self, num_blocks: int) -> Iterator[list[Machine]]:
+        """One launch of thread blocks that stay resident together, each with a fast memory as
+        large as this one's; what they count is added up when the kernel ends."""
+        with self.kernel():
+            blocks = [Machine(self.fast_bytes) for _ in range(num_blocks)]
+            yield blocks
+            for block in blocks:
+                self._absorb(block)
+
     # ---- computing -------------------------------------------------------------------------
 
     def matmul(self, a: Tile, b: Tile, dtype: DType, *, into: Tile | None = None) -> Tile:
@@ -205,6 +215,15 @@ class Machine:
         )
 
     # ---- inside ----------------------------------------------------------------------------
+
+    def _absorb(self, block: Machine) -> None:
+        self.peak_bytes = max(self.peak_bytes, block.peak_bytes)
+        for dtype, flops in block._tensor.items():
+            self._tensor[dtype] = self._tensor.get(dtype, 0) + flops
+        self._vector += block._vector
+        self._special += block._special
+        self._read += block._read
+        self._written += block._written
 
     def _put(self, values: Values, into: Tile | None, dtype: DType) -> Tile:
         if into is None:

@@ -178,6 +178,26 @@ _OPS: Final[Mapping[str, Entry]] = {
     "gated_delta_rule": Entry("delta_rule", "GatedDeltaRule", "gated delta rule in chunks"),
     "gated_delta_step": Entry("delta_rule", "GatedDeltaStep", "gated delta rule, one new token"),
     "mamba2_chunk_scan": Entry("chunk_scan", "MambaChunkScan", "Mamba-2 scan in chunks"),
+    "ssd_scan": Entry("ssd_scan", "SsdScan", "Mamba-2 scan in chunks, heads sharing B and C"),
+    "ssd_step": Entry("ssd_scan", "SsdStep", "Mamba-2 scan, one new token"),
+    "mamba2_layer": Entry("mamba2_layer", "Mamba2Layer", "Mamba-2 layer, a prompt or one token"),
+    "merge_directions": Entry(
+        "quasi_separable", "MergeDirections", "scans of both directions shifted and added"
+    ),
+    "quasi_separable": Entry(
+        "quasi_separable", "QuasiSeparable", "bidirectional mixer by quasi-separable matrices"
+    ),
+    "hydra_layer": Entry(
+        "quasi_separable", "HydraLayer", "bidirectional Mamba-2 layer, projections shared"
+    ),
+    "memory_map": Entry("neural_memory", "MemoryMap", "pointwise maps of a neural memory"),
+    "row_blend": Entry("neural_memory", "RowBlend", "sums of rows with a coefficient each"),
+    "momentum_scan": Entry(
+        "neural_memory", "MomentumScan", "coefficients of gradients under momentum and decay"
+    ),
+    "neural_memory": Entry(
+        "neural_memory", "NeuralMemory", "MLP memory learnt by gradient descent as it reads"
+    ),
     "associative_scan": Entry(
         "associative_scan", "AssociativeScan", "prefix scan of an associative operator"
     ),
@@ -203,6 +223,43 @@ _OPS: Final[Mapping[str, Entry]] = {
     ),
     "linear_recurrence_backward": Entry(
         "linear_recurrence_backward", "LinearRecurrenceBackward", "its backward pass"
+    ),
+    "lightning_attention_1": Entry(
+        "lightning_attention_1", "LightningAttention1", "decayed left product in tiles, no softmax"
+    ),
+    "swish_features": Entry("transnormer", "SwishFeatures", "swish, turned by position (LRPE-d)"),
+    "transnormer_attention": Entry(
+        "transnormer", "TransnormerAttention", "Lightning Attention with feature map, norm, gate"
+    ),
+    "kernel_features": Entry(
+        "feature_map", "KernelFeatures", "feature maps of linear attention: elu, Taylor, Hedgehog's"
+    ),
+    "recurrent_step": Entry("recurrent_step", "RecurrentStep", "linear recurrence, one new token"),
+    "feature_attention": Entry(
+        "feature_attention", "FeatureAttention", "linear attention behind a feature map"
+    ),
+    "based": Entry("based", "Based", "linear attention by exp's Taylor series, fused"),
+    "prefix_linear_attention": Entry(
+        "prefix_linear_attention", "PrefixLinearAttention", "Based after an encoder region"
+    ),
+    "based_parallel": Entry(
+        "based_parallel", "ParallelBased", "Based by all pairs of queries and keys, tile by tile"
+    ),
+    "causal_product": Entry(
+        "causal_product", "CausalProduct", "linear attention token by token on fp32 lanes"
+    ),
+    "additive_decay": Entry("lightnet", "AdditiveDecay", "decays of a running softmax over keys"),
+    "lightnet": Entry("lightnet", "LightNet", "linear recurrence that adds up a softmax over keys"),
+    "one_hot": Entry("long_vq", "OneHot", "indices as rows of the unit matrix"),
+    "longvq": Entry("long_vq", "LongVq", "linear attention to the codes that keys are rounded to"),
+    "window_states": Entry(
+        "scattered_attention", "WindowStates", "sums of k v^T over windows of unequal lengths"
+    ),
+    "window_readout": Entry(
+        "scattered_attention", "WindowReadout", "what the queries of each window read of its sums"
+    ),
+    "scattered_attention": Entry(
+        "scattered_attention", "ScatteredAttention", "linear attention in windows of voxels"
     ),
     "embedding_backward": Entry("embedding", "EmbeddingBackward", "table lookup, backward"),
     "conv2d": Entry("conv2d", "Conv2d", "two-dimensional convolution, direct or Winograd"),
@@ -266,6 +323,67 @@ _OPS: Final[Mapping[str, Entry]] = {
     ),
     "shifted_group_attention_backward": Entry(
         "shifted_groups", "ShiftedGroupAttentionBackward", "the same, backward"
+    ),
+    "wkv": Entry("wkv", "Wkv", "RWKV's recurrence of weighted sums"),
+    "spiking_neurons": Entry("wkv", "SpikingNeurons", "leaky integrate-and-fire neurons"),
+    "spiking_product": Entry("wkv", "SpikingProduct", "product with spikes, by masked additions"),
+    "spiking_token_mix": Entry(
+        "wkv", "SpikingTokenMix", "RWKV's recurrence between projections of spikes"
+    ),
+    "cell_map": Entry("cell_map", "CellMap", "pointwise gates of recurrent cells"),
+    "rnn_cell": Entry("rnn_cell", "RnnCell", "pointwise step of an LSTM, GRU, sLSTM or Elman cell"),
+    "fused_rnn": Entry(
+        "fused_rnn", "FusedRnn", "recurrent layer of several heads, all steps in one kernel"
+    ),
+    "alternating_rnn": Entry(
+        "fused_rnn", "AlternatingRnn", "the same, a product and a pointwise kernel a step"
+    ),
+    "quasi_lstm": Entry(
+        "quasi_rnn", "QuasiLstm", "LSTM whose gates see the input alone, scanned in blocks"
+    ),
+    "lstm_layer": Entry("quasi_rnn", "Lstm", "LSTM layer of several heads, step by step"),
+    "same_conv": Entry("same_conv", "SameConv", "direct convolution, output as large as input"),
+    "state_scan": Entry("state_scan", "StateScan", "scan of diagonal states with one decay"),
+    "row_fft": Entry("row_fft", "RowFFT", "Fourier transforms of real rows, forward or back"),
+    "state_step": Entry("state_step", "StateStep", "structured state spaces, one new token"),
+    "cauchy_sums": Entry(
+        "state_kernel", "CauchySums", "generating functions of diagonal-plus-low-rank systems"
+    ),
+    "companion_spectrum": Entry(
+        "state_kernel", "CompanionSpectrum", "generating functions of companion systems"
+    ),
+    "state_kernel": Entry(
+        "state_kernel", "StateKernel", "convolution kernels of state spaces: S4, LSSL, SpaceTime"
+    ),
+    "skip_term": Entry("state_space_layer", "SkipTerm", "a scaled input added to the output"),
+    "state_space_layer": Entry(
+        "state_space_layer", "StateSpaceLayer", "state spaces by long convolution, or step by step"
+    ),
+    "spectrum_product": Entry(
+        "legendre_memory", "SpectrumProduct", "spectra of every signal times every filter"
+    ),
+    "legendre_memory": Entry(
+        "legendre_memory", "LegendreMemory", "Legendre memory unit, in parallel or step by step"
+    ),
+    "lmuformer": Entry(
+        "legendre_memory", "LmuFormer", "Legendre memory units between convolutions, a model"
+    ),
+    "conv_state_space": Entry(
+        "conv_state_space", "ConvStateSpace", "state space of images, scanned over frames"
+    ),
+    "block_edges": Entry(
+        "block_edges", "BlockEdges", "states handed from block to block of a chain or grid"
+    ),
+    "plstm": Entry("plstm", "Plstm", "linear recurrence on the edges of a chain or grid"),
+    "rank_one_update": Entry("mkor", "RankOneUpdate", "inverse of a factor plus a rank-1 matrix"),
+    "mkor_step": Entry(
+        "mkor", "MkorStep", "rank-1 updates of both inverses, gradient preconditioned"
+    ),
+    "skeletal_layer": Entry(
+        "training_layer", "SkeletalLayer", "layer whose activations are swapped or recomputed"
+    ),
+    "chunkwise_layer": Entry(
+        "training_layer", "ChunkwiseLayer", "layer run forward and backward chunk by chunk"
     ),
     "expert_exchange": Entry(
         "expert_exchange", "ExpertExchange", "tokens sent to their experts, or back"

@@ -68,8 +68,7 @@ def simulate(
     \b
     Examples:
       ridgeplan simulate examples/llama3-8b.json -c hgx-h100 -n 8 --seq 8k -b 256 --trace t.json
-      ridgeplan simulate examples/llama3-70b.json -c hgx-h100 -n 8 --seq 8k -b 128 \\
-        --pin tp=8 --pin pp=4 --pin v=2
+      ridgeplan simulate examples/llama3-70b.json -c hgx-h100 -n 8 --seq 8k -b 128 --pin pp=4
       ridgeplan simulate examples/llama3-8b.json -c hgx-h100 --seq 8k -b 64 --stack torchtitan
     """
     from cli.files import check_writable, write_all

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hwmodels.calibration import Calibration
     from validate.compare import Ablation, Comparison, Table
     from validate.measurement import Readings
+    from validate.serving import ServingComparison
     from validate.step_accuracy import StepAccuracy
     from validate.steps import StepComparison
 
@@ -67,17 +68,19 @@ def validate(
     calibrations = given.calibrations(calibration, targets)
     with patience(f"comparing {shown(path)}"):
         from validate.compare import compare
+        from validate.serving import compare_serving
         from validate.step_accuracy import as_dicts, step_accuracy
         from validate.steps import compare_steps
 
         readings = _read(path, family, targets)
         comparison = compare(readings.rows, readings.refused, calibrations)
         steps = compare_steps(readings.rows)
+        serving = compare_serving(readings.rows)
         accuracy = step_accuracy(readings.rows)
         steps_of_calibration = _ablation(readings, calibrations) if ablation else ()
     contents: dict[Path, bytes] = {}
     if markdown is not None:
-        text = _markdown(comparison, steps, accuracy, steps_of_calibration, path, family)
+        text = _markdown(comparison, (steps, accuracy, serving), steps_of_calibration, path, family)
         contents[markdown] = text.encode()
     if html is not None:
         with patience("drawing"):
@@ -85,12 +88,14 @@ def validate(
     write_all(contents)
     if as_json:
         found = comparison.as_dict() | {
-            "training_steps": steps.as_dict() | {"model": as_dicts(accuracy)}
+            "training_steps": steps.as_dict() | {"model": as_dicts(accuracy)},
+            "serving_steps": serving.as_dict(),
         }
         show.print_json(found | ({"ablation": steps_of_calibration} if ablation else {}))
     else:
         _print_steps(steps)
         _print_accuracy(accuracy)
+        _print_serving(serving)
         _print(comparison)
         _print_ablation(steps_of_calibration)
         for file in contents:
@@ -125,8 +130,7 @@ def _page(comparison: Comparison, path: Path) -> bytes:
 
 def _markdown(
     comparison: Comparison,
-    steps: StepComparison,
-    accuracy: Sequence[StepAccuracy],
+    whole: tuple[StepComparison, Sequence[StepAccuracy], ServingComparison],
     ablation: Sequence[Ablation],
     path: Path,
     family: str | None,
@@ -135,18 +139,24 @@ def _markdown(
 
     from hwmodels.step_ratios import shipped_ratios
     from validate.report import accuracy_markdown, step_model_markdown, steps_markdown
+    from validate.serving_report import serving_markdown
 
+    steps, accuracy, serving = whole
     name = path.resolve().name
     chosen = f" --family {family}" if family else ""
     more = " --ablation" if ablation else ""
+    sections: list[str] = []
+    if steps.num_rows:
+        model = step_model_markdown(accuracy)
+        sections.append(_steps_text(steps_markdown(steps, shipped_ratios()), model))
+    if serving.num_rows:
+        sections.append(serving_markdown(serving))
     return accuracy_markdown(
         comparison,
         on=datetime.date.today(),
         data=name,
         command=f"ridgeplan validate {name}{chosen}{more} --markdown FILE",
-        steps=_steps_text(steps_markdown(steps, shipped_ratios()), step_model_markdown(accuracy))
-        if steps.num_rows
-        else "",
+        steps="\n\n".join(sections),
         ablation=ablation,
     )
 
@@ -188,6 +198,31 @@ def _print_steps(steps: StepComparison) -> None:
         errors = [percent(t.mape), percent(t.coverage_80)]
         made.add_row(shown(t.source, 20), shown(t.gpu, 24), str(t.n), *ratios, *counts, *errors)
     show.console().print(made)
+
+
+def _print_serving(serving: ServingComparison) -> None:
+    """Errors of serving figures by model, and their totals by family."""
+    from validate.report import percent
+
+    if not serving.num_rows:
+        return
+    numbers = ("n", "MAPE", "median", "p90", "bias")
+    made = show.table("metric", "family", "GPU", "engine", "model", *numbers, right=numbers,
+                      title="serving: errors in %")  # fmt: skip
+    made.padding = (0, 1, 0, 0)
+    for t in (*serving.tables, *serving.totals):
+        errors = [percent(v) for v in (t.mape, t.median, t.p90, t.bias)]
+        engine = t.engine if t.mode in ("agg", "all") else f"{t.engine}, {t.mode}"
+        names = (t.metric, shown(t.family, 14), shown(t.gpu, 10), engine, shown(t.model, 18))
+        made.add_row(*names, str(t.n), *errors)
+    if serving.tables:
+        show.console().print(made)
+    if serving.reasons:
+        title = "serving: without a prediction"
+        others = show.table("metric", "reason", "rows", right=("rows",), title=title)
+        for metric, reason, n in serving.reasons:
+            others.add_row(metric, shown(reason, 200), str(n))
+        show.console().print(others)
 
 
 def _print(comparison: Comparison) -> None:

@@ -17,6 +17,11 @@ ATTENTION = ("attention", "sparse_attention", "kv_compression")
 EXACT = (
     "flash_attention", "flash_attention_2", "block_sparse_fa", "hydragen", "bytetransformer",
     "fusemax", "prefix_grouper", "ntk_attention", "music_transformer",
+    "lightning_attention_2", "lightning_attention_tnl", "gla", "deltanet", "lightnet", "hedgehog",
+    "jrt", "longvq", "scatterformer", "vir", "state_tracking_lrnn", "aaren", "mamba_scan", "s4",
+    "lssl", "convs5", "plstm", "s5_rl", "spacetime", "mamba_empirical", "hydra_bissm", "titans",
+    "flashfftconv", "flashconv_h3", "flashbutterfly", "hyena_dna", "monarch_mixer", "sgconv",
+    "orchid", "tcnca", "flashrnn", "languini_lstm", "spikegpt", "lmuformer",
 )  # fmt: skip
 """Systems whose result is that of their definition to the last bit of exact arithmetic."""
 

@@ -24,6 +24,7 @@ from workloads import registry
 from workloads.op import Op
 from workloads.ops.collective_transfer import CollectiveTransfer
 from workloads.ops.conv2d import Conv2d
+from workloads.ops.counted import CountedOp
 
 DEVICES = ("h100-sxm", "a100-sxm4-80gb", "b200-sxm", "rtx-pro-6000-blackwell-server", "mi300x")
 KERNELS = ("custom-vllm", "vllm:fa3", "sglang:triton")
@@ -127,23 +128,30 @@ class Reads(dict[str, float]):
         return super().__getitem__(key)
 
 
-def asked_for() -> dict[str, set[str]]:
-    """By model, the constants that some op under some conditions reads."""
-    found: dict[str, set[str]] = defaultdict(set)
+def asked() -> Iterator[Op]:
+    """The catalogue's ops in several formats and forms, and one that states its thread blocks."""
     for name in registry.names():
         for dtype in (BF16, FP16, FP32):
             op = small(name, dtype)
-            if isinstance(op, Conv2d):
+            if type(op) is Conv2d:
                 op = op.over(algorithm="best", direction="bwd_data")
                 op = op.over(in_channels=3) if dtype == BF16 else op
             if type(op) is CollectiveTransfer:
                 op = op.over(kind="send_recv") if dtype == BF16 else op
-            model = model_of(type(op))
-            for l2, kernel in product(("cold", REPLAYED, ROTATED), ("", *KERNELS)):
-                reads = Reads(model.nominal())
-                conditions = Conditions(l2=l2, kernel=kernel)
-                model.time(op, rates_of(catalog.device("h100-sxm")), reads, conditions)
-                found[model.name] |= reads.asked
+            yield op
+    yield CountedOp(moved_bytes=2**20, num_blocks=8)
+
+
+def asked_for() -> dict[str, set[str]]:
+    """By model, the constants that some op under some conditions reads."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for op in asked():
+        model = model_of(type(op))
+        for l2, kernel in product(("cold", REPLAYED, ROTATED), ("", *KERNELS)):
+            reads = Reads(model.nominal())
+            conditions = Conditions(l2=l2, kernel=kernel)
+            model.time(op, rates_of(catalog.device("h100-sxm")), reads, conditions)
+            found[model.name] |= reads.asked
     return found
 
 
