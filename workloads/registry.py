@@ -385,6 +385,18 @@ _OPS: Final[Mapping[str, Entry]] = {
     "chunkwise_layer": Entry(
         "training_layer", "ChunkwiseLayer", "layer run forward and backward chunk by chunk"
     ),
+    "ring_attention": Entry(
+        "sequence_attention", "RingAttention", "one rank's attention in a ring over the sequence"
+    ),
+    "ulysses_attention": Entry(
+        "sequence_attention", "UlyssesAttention", "some heads of the sequence, between all-to-alls"
+    ),
+    "ring_self_attention": Entry(
+        "sequence_attention", "RingSelfAttention", "a ring over the sequence that writes scores"
+    ),
+    "linear_states": Entry(
+        "linear_states", "LinearStates", "one rank's linear attention, states gathered from all"
+    ),
     "expert_exchange": Entry(
         "expert_exchange", "ExpertExchange", "tokens sent to their experts, or back"
     ),

@@ -108,6 +108,17 @@ _MODULES: Final[Mapping[str, str]] = {
     "spacetime": "state_space",
     "lmuformer": "state_space",
     "flexsp": "variable_length",
+    **dict.fromkeys(
+        (
+            "lightseq",
+            "deepspeed_ulysses",
+            "lasp2",
+            "token_ring",
+            "ring_self_attention",
+            "ring_attention_lwm",
+        ),
+        "sequence_parallel",
+    ),
     "bytescale": "variable_length",
 }
 """Where the evaluator of each system lives: `evaluate_<id>` of that module of this package."""

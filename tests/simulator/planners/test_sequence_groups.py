@@ -89,10 +89,10 @@ def test_plans_are_valid_and_between_the_bound_and_equal_groups(held: Ints) -> N
 @pytest.mark.parametrize("seed", range(12))
 def test_plans_agree_with_brute_force(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    held = rng.integers(1, 45, rng.integers(3, 6))
-    best = _brute(held, 4) if held.sum() <= 160 else math.inf
-    if not math.isfinite(best):
-        pytest.skip("does not fit")
+    best = math.inf
+    while not math.isfinite(best):  # until the sequences fit
+        held = rng.integers(1, 45, rng.integers(3, 6))
+        best = _brute(held, 4) if held.sum() <= 160 else math.inf
     plan = plan_groups(held, COST, 4)
     assert plan.lower_s <= best * (1 + 1e-9)
     assert best <= plan.seconds * (1 + 1e-9) and plan.seconds <= best * 1.02
