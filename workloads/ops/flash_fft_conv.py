@@ -134,6 +134,10 @@ class FlashFFTConv(LongConvolution):
         spectra = self.point_bytes * self.channels * self.num_points
         return self.sequence_bytes * (2 + 2 * int(self.gated)) + spectra
 
+    def unmasked(self, work: Work) -> Work:
+        """All of it: nothing is masked, though another algorithm needs no matrix product."""
+        return work
+
     # ---- which order, which split ----------------------------------------------------------
 
     def _split(self, fast_bytes: Num) -> dict[str, Num]:
