@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Final
 
 from cli.quantity import count_text, parse_count, seconds_text, shown
 from hwmodels.errors import InputError
 
 if TYPE_CHECKING:
+    from hwmodels.cluster import Cluster
     from hwmodels.step_ratios import StepRatio
     from simulator.planners.parallelism import Candidate, PlanChoice, Step
+    from simulator.stack import OnDevice
     from workloads.models.config import TransformerConfig
 
 MOST: Final = 2**30
@@ -17,6 +20,7 @@ MOST: Final = 2**30
 PIN_WORDS: Final = {"mb": "micro_batch", "v": "interleave", "zero": "zero_stage"}
 """Fields of a plan as its short form writes them."""
 
+BOUND: Final = "bound"
 RUNG: Final = "bound: kernels at their roofline, links at wire rate; the lower bound is a floor"
 
 
@@ -36,12 +40,40 @@ def record(choice: PlanChoice, question: Step, ratio: StepRatio | None) -> dict[
         "num_evaluated": choice.num_evaluated,
         "num_feasible": choice.num_feasible,
         "gap_frac": choice.gap_frac,
+        "stack": choice.stack.stack.name if choice.stack else None,
         "measured_over_bound": ratio,
         "plans": [
             _candidate(c) | {"why_not_best": None if c is best else why_not_best(c, best)}
             for c in (best, *choice.runners_up)
         ],
     }
+
+
+def rung_text(choice: PlanChoice) -> str:
+    """What the times stand on."""
+    if choice.stack is None:
+        return RUNG
+    return f"calibrated: kernels as {choice.stack.stack.name} runs them; {choice.stack.source}"
+
+
+def framework_on(name: str | None, system: Cluster) -> OnDevice | None:
+    """The framework of that name with the fitted factors; None for 'bound' or nothing."""
+    from hwmodels.step_factors import shipped_factors
+    from simulator.stack import OnDevice, factors_of
+    from simulator.stack import stack as stack_of
+
+    if name is None or name == BOUND:
+        return None
+    framework, shipped = stack_of(name), shipped_factors()
+    if shipped is None:
+        return OnDevice(stack=framework, factors=factors_of(framework, system.device, {}))
+    factors = factors_of(framework, system.device, shipped.values)
+    low, high = (100 * (math.exp(sign * shipped.half_80) - 1) for sign in (-1, 1))
+    source = (
+        f"factors of {shipped.num_runs} published steps; 80 % of steps of tables left out of the "
+        f"fit took {low:+.0f} to {high:+.0f} % of the time told"
+    )
+    return OnDevice(stack=framework, factors=factors, source=source)
 
 
 def asked_of(question: Step) -> dict[str, Any]:

@@ -13,6 +13,10 @@ RESOURCES: Final = {
     "llc": "LLC bandwidth",
     "smem": "shared-memory bandwidth",
     "register": "register bandwidth",
+    "product": "matrix products",
+    "attention": "attention",
+    "scores": "softmax of scores",
+    "pointwise": "maps and norms",
 }
 
 

@@ -32,9 +32,9 @@ _ENTRY: Final = frozenset({"value", "prior", "spread"})
 class StepFactors:
     """One file. `values` by 'class/name' ('product/h100-sxm', 'pointwise/eager').
 
-    `priors` and `spreads` are what the fit held them to. `half_80` and `half_90` are half widths
-    of the interval of a step in log time; `left_out` the mean error in % of each source's runs
-    where the factors were fitted without it.
+    `priors` and `spreads` are what the fit held them to. `left_out` is the mean error in % of each
+    table's runs where the factors were fitted without it; `half_80` and `half_90`, half widths of
+    a step's interval in log time, hold that share of those errors.
     """
 
     date: datetime.date

@@ -98,14 +98,13 @@ def fit(runs: Sequence[Run]) -> Fit:
     )
 
 
-def left_out(runs: Sequence[Run]) -> dict[str, float]:
-    """Mean error in % of each group's runs where the factors were fitted without them."""
+def left_out(runs: Sequence[Run]) -> dict[str, NDArray[np.float64]]:
+    """Predicted over measured of each group's runs where the factors were fitted without them."""
     found = {}
     for group in sorted({group_of(r) for r in runs}):
         values = fit([r for r in runs if group_of(r) != group]).values
         own = [r for r in runs if group_of(r) == group]
-        off = [abs(predicted_s(r, values) / r.seconds - 1) for r in own]
-        found[group] = 100 * float(np.mean(off))
+        found[group] = np.array([predicted_s(r, values) / r.seconds for r in own])
     return found
 
 
@@ -118,7 +117,8 @@ def document(rows: Iterable[Measurement], *, on: datetime.date) -> dict[str, Any
     found = fit(runs)
     known = {identity(r.row) for r in runs}
     used = sorted({digest(r) for r in rows if r.op in METRICS and identity(r) in known})
-    off = np.abs(found.errors)
+    without = left_out(runs)
+    off = np.abs(np.log(np.concatenate(list(without.values()))))
     return {
         "schema": SCHEMA,
         "kind": KIND,
@@ -136,7 +136,10 @@ def document(rows: Iterable[Measurement], *, on: datetime.date) -> dict[str, Any
         },
         "half_80": round(float(np.quantile(off, 0.8)), DIGITS),
         "half_90": round(float(np.quantile(off, 0.9)), DIGITS),
-        "left_out": {k: round(v, 2) for k, v in left_out(runs).items()},
+        "left_out": {
+            group: round(100 * float(np.mean(np.abs(ratios - 1))), 2)
+            for group, ratios in without.items()
+        },
         "rows": used,
     }
 

@@ -23,7 +23,7 @@ from cli.charts.picture import (
     style,
     text_width,
 )
-from cli.plans import RUNG, asked_text, short_plan, step_text
+from cli.plans import asked_text, rung_text, short_plan, step_text
 from cli.quantity import digits, percent_text, scaled_text, seconds_text
 from hwmodels.units import GIB
 
@@ -131,8 +131,9 @@ def _footnote(choice: PlanChoice, ratio: StepRatio | None) -> str:
         f"{digits(ratio.p90)} times this bound"
     )  # fmt: skip
     return (
-        f"Rung {RUNG}{published}.<br>{choice.num_feasible:,} of {choice.num_evaluated:,} plans "
-        f"fit {choice.budget_bytes / GIB:.1f} GiB per accelerator; all were evaluated, so none "
+        f"Rung {rung_text(choice)}{published}.<br>"
+        f"{choice.num_feasible:,} of {choice.num_evaluated:,} plans fit "
+        f"{choice.budget_bytes / GIB:.1f} GiB per accelerator; all were evaluated, so none "
         "is faster."
     )
 

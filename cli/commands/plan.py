@@ -10,12 +10,13 @@ import typer
 from cli import show
 from cli.options import AsJson, Html, Out
 from cli.plans import (
-    RUNG,
     asked_of,
     asked_text,
+    framework_on,
     pins_given,
     question_of,
     record,
+    rung_text,
     short_plan,
     step_text,
     whole,
@@ -97,6 +98,14 @@ def plan(
     hbm_fraction: HbmFraction = "92%",
     pin: Pins = None,
     top: Top = 5,
+    stack: Annotated[
+        str | None,
+        typer.Option(
+            "--stack",
+            metavar="NAME",
+            help="Train as this framework does, e.g. megatron (kernels at the roofline).",
+        ),
+    ] = None,
     html: Html = None,
     out: Out = None,
     as_json: AsJson = False,
@@ -111,6 +120,7 @@ def plan(
     Examples:
       ridgeplan plan examples/llama3-8b.json -c hgx-h100 -n 8 --seq 128k -b 64
       ridgeplan plan examples/llama3-8b.json -c hgx-h100 --seq 8k -b 64 --pin tp=1
+      ridgeplan plan examples/llama3-8b.json -c hgx-h100 -n 4 --seq 8k -b 128 --stack megatron
       ridgeplan plan examples/llama3-70b.json -c hgx-h200 --seq 8k -b 32 --phase decode
     """
     from cli.charts.picture import asked_for
@@ -139,10 +149,11 @@ def plan(
             hbm_frac=hbm_frac,
             num_runners_up=top - 1,
             pins=pins,
+            stack=framework_on(stack, system),
         )
     device = system.device
     # The published steps that were fitted are of dense models; they say nothing of others.
-    comparable = kind == "train" and question.config.moe is None
+    comparable = kind == "train" and question.config.moe is None and choice.stack is None
     ratio = step_ratio(device.id, device.architecture) if comparable else None
     if pictures:
         from cli.charts.picture import rendered
@@ -197,17 +208,22 @@ def _headline(
         ),
         (
             "Bounds",
-            f"{lower} if all communication hid, {upper} if nothing overlapped at these peak "
-            "rates: a real step can exceed both",
+            f"{lower} if all communication hid, {upper} if nothing overlapped{_peaks(choice)}",
         ),
         (
             "Speed",
             f"{scaled_text(float(step.tokens_per_s), 'tokens/s')}, "
             f"MFU {percent_text(float(step.mfu_frac))} on this rung",
         ),
-        ("Rung", RUNG),
+        ("Rung", rung_text(choice)),
     ]
     return lines if ratio is None else [*lines, ("Expect", _expected(choice, ratio))]
+
+
+def _peaks(choice: PlanChoice) -> str:
+    """What the bounds rest on, where that is rates no kernel reaches."""
+    peaks = " at these peak rates: a real step can exceed both"
+    return peaks if choice.stack is None else ""
 
 
 def _expected(choice: PlanChoice, ratio: StepRatio) -> str:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cli import show
 from cli.commands.plan import ClusterName, GlobalBatch, Model, Nodes, RecipeName, Seq
 from cli.options import AsJson
-from cli.plans import asked_text, pins_given, question_of, whole
+from cli.plans import BOUND, asked_text, framework_on, pins_given, question_of, whole
 from cli.quantity import percent_text, scaled_text, seconds_text
 
 if TYPE_CHECKING:
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from simulator.timeline import StepTimeline
     from workloads.models.transformer import TrainStep
     from workloads.plan import Plan
-
-BOUND: Final = "bound"
 
 
 def simulate(
@@ -83,9 +81,9 @@ def simulate(
     question: Any = question_of(
         "train", load_model(model), whole(seq, "--seq"), whole(global_batch, "--global-batch")
     )
-    framework = _framework(stack, system)
+    framework = framework_on(stack, system)
     with patience("simulating"):
-        plan = _plan(question, system, chosen, pins_given(param or []))
+        plan = _plan(question, system, chosen, pins_given(param or []), framework)
         found = simulate_training(
             question, plan=plan, on=system, recipe=chosen, stack=framework, schedule_name=schedule
         )
@@ -100,25 +98,19 @@ def simulate(
         print(f"wrote {trace}")
 
 
-def _framework(name: str, system: Cluster) -> OnDevice | None:
-    from hwmodels.step_factors import shipped_factors
-    from simulator.stack import OnDevice, factors_of
-    from simulator.stack import stack as stack_of
-
-    if name == BOUND:
-        return None
-    framework, shipped = stack_of(name), shipped_factors()
-    values = shipped.values if shipped else {}
-    source = f"factors of {shipped.num_runs} published steps" if shipped else "no factor fitted"
-    factors = factors_of(framework, system.device, values)
-    return OnDevice(stack=framework, factors=factors, source=source)
-
-
-def _plan(question: TrainStep, system: Cluster, recipe: Recipe, pins: dict[str, int]) -> Plan:
+def _plan(
+    question: TrainStep,
+    system: Cluster,
+    recipe: Recipe,
+    pins: dict[str, int],
+    framework: OnDevice | None,
+) -> Plan:
     """The fastest plan that fits with these pins."""
     from simulator.planners.parallelism import plan_parallelism
 
-    return plan_parallelism(question, on=system, recipe=recipe, pins=pins).best.plan
+    return plan_parallelism(
+        question, on=system, recipe=recipe, pins=pins, num_runners_up=0, stack=framework
+    ).plan
 
 
 def _trace(found: StepTimeline, question: TrainStep, recipe: Recipe) -> bytes:

@@ -37,6 +37,7 @@ from simulator.inference import inference_step
 from simulator.memory import MemoryEstimate, inference_memory, training_memory
 from simulator.pieces import StepEstimate
 from simulator.recipe import RECIPES, Recipe
+from simulator.stack import OnDevice
 from simulator.step import training_step
 from workloads.models.config import TransformerConfig
 from workloads.models.transformer import DECODE, Inference, TrainStep
@@ -68,7 +69,8 @@ class PlanChoice:
     """The best plan, the runners-up (the best of every other mesh), and the whole search.
 
     `gap_frac` bounds how much faster any plan of the space could be: 0, all were evaluated.
-    `feasible`, `seconds` and `total_bytes` hold every plan that fits, fastest first.
+    `feasible`, `seconds` and `total_bytes` hold every plan that fits, fastest first. `stack` is
+    the framework whose kernels they were timed with; None on the bound rung.
     """
 
     cluster: Cluster
@@ -81,6 +83,7 @@ class PlanChoice:
     seconds: Array
     total_bytes: Array
     gap_frac: float = 0.0
+    stack: OnDevice | None = None
 
     @property
     def plan(self) -> Plan:
@@ -117,16 +120,18 @@ def plan_parallelism(
     hbm_frac: float = DEFAULT_HBM_FRAC,
     num_runners_up: int = 4,
     pins: Mapping[str, int] | None = None,
+    stack: OnDevice | None = None,
 ) -> PlanChoice:
     """Evaluate the whole space; raise `InfeasibleError` with the way out where nothing fits.
 
-    For serving, `step.batch` is the number of sequences on the whole cluster. `pins` keeps only
-    plans with the given field values ({'tp': 8}).
+    On the bound rung, or with a `stack` as that framework trains. For serving, `step.batch` is
+    the number of sequences on the whole cluster. `pins` keeps only plans with the given field
+    values ({'tp': 8}).
     """
     if not 0 < hbm_frac <= 1:
         raise InputError(f"HBM fraction {hbm_frac:g} must lie in (0, 1]")
     budget = on.device.hbm.capacity_bytes * hbm_frac
-    evaluator = _evaluator(step, on, recipe)
+    evaluator = _evaluator(step, on, recipe, stack)
     space = _pinned(plan_space(step, on=on), pins or {})
     memory = evaluator.memory(space)
     fits = np.flatnonzero(np.asarray(memory.total) <= budget)
@@ -151,15 +156,18 @@ def plan_parallelism(
         feasible=select(feasible, order),
         seconds=np.asarray(priced.seconds)[order],
         total_bytes=total[order],
+        stack=stack,
     )
 
 
-def _evaluator(step: Step, on: Cluster, recipe: Recipe) -> _Evaluator:
+def _evaluator(step: Step, on: Cluster, recipe: Recipe, stack: OnDevice | None) -> _Evaluator:
     if isinstance(step, TrainStep):
         return _Evaluator(
             memory=lambda plan: training_memory(step, plan=plan, recipe=recipe),
-            step=lambda plan: training_step(step, plan=plan, on=on, recipe=recipe),
+            step=lambda plan: training_step(step, plan=plan, on=on, recipe=recipe, stack=stack),
         )
+    if stack is not None:
+        raise InputError("a training framework does not serve; leave the stack out")
 
     def slot(plan: Plan) -> Inference:
         return replace(step, batch=step.batch / (plan.dp * plan.pp))
@@ -306,7 +314,7 @@ def _why_nothing_fits(
     """The leanest plan and what would make it fit."""
     totals = np.asarray(memory.total)
     leanest = space.at(int(np.argmin(totals)))
-    parts = _evaluator(step, on, recipe).memory(leanest).bytes_by_part
+    parts = _evaluator(step, on, recipe, None).memory(leanest).bytes_by_part
     largest = max(parts, key=lambda k: float(parts[k]))
     text = (
         f"no plan of {step.config.name} fits {on.num_accelerators} x {on.device.id}: the leanest "
@@ -332,7 +340,7 @@ def _nodes_that_fit(
             space = _pinned(plan_space(step, on=larger), pins)
         except InfeasibleError:
             continue
-        memory = _evaluator(step, larger, recipe).memory(space)
+        memory = _evaluator(step, larger, recipe, None).memory(space)
         if np.any(np.asarray(memory.total) <= budget):
             return larger.num_nodes
     return None

@@ -74,7 +74,8 @@ def test_pieces_and_parts_add_up(job: tuple[str, ...], capsys: pytest.CaptureFix
     assert next(iter(found)) == "version"
     assert set(found) == {
         "version", "model", "phase", "len_seq", "global_batch", "cluster", "device", "num_nodes",
-        "num_accelerators", "recipe", "budget_bytes", "rung", "num_evaluated", "num_feasible",
+        "num_accelerators", "recipe", "budget_bytes", "rung", "stack",
+        "num_evaluated", "num_feasible",
         "gap_frac", "measured_over_bound", "plans",
     }  # fmt: skip
     assert (found["version"], found["rung"], found["gap_frac"]) == (1, "bound", 0.0)
@@ -463,3 +464,26 @@ def test_a_batch_that_no_plan_divides(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_a_pin_that_no_plan_has(capsys: pytest.CaptureFixture[str]) -> None:
     assert "tp=3; loosen a pin" in refused(capsys, *SMALL, "--pin", "tp=3", code=3)
+
+
+def test_plans_of_a_framework_are_told_with_its_factors(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = ["plan", "examples/llama3-8b.json", "-c", "hgx-h100", "--seq", "8k", "-b", "64"]
+    seconds = {}
+    for more in ([], ["--stack", "bound"], ["--stack", "megatron"]):
+        assert main([*asked, *more, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        seconds[" ".join(more)] = found["plans"][0]["seconds"]
+    assert found["rung"] == "calibrated" and found["stack"] == "megatron"
+    assert found["measured_over_bound"] is None
+    assert seconds[""] == seconds["--stack bound"] < seconds["--stack megatron"]
+    assert main([*asked, "--stack", "megatron"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "calibrated: kernels as megatron runs them" in told and "matrix products" in told
+
+
+def test_a_framework_does_not_serve(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["plan", "examples/llama3-8b.json", "-c", "hgx-h100", "--seq", "8k", "-b", "64"]
+    assert main([*asked, "--phase", "decode", "--stack", "megatron"]) == 2
+    assert "does not serve" in capsys.readouterr().err
