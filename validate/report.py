@@ -22,6 +22,7 @@ from validate.bars import (
     verdicts,
 )
 from validate.compare import Ablation, Comparison, Points, Table, errors
+from validate.peak_memory import PeakComparison
 from validate.step_accuracy import StepAccuracy
 from validate.steps import StepComparison, StepTable
 
@@ -258,6 +259,27 @@ def step_model_markdown(tables: Sequence[StepAccuracy]) -> str:
             f"| {_cell(t.source)} | {_cell(t.gpu)} | {t.n} | {shown} | {t.fitted} | {t.assumed} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def peaks_markdown(found: PeakComparison) -> str:
+    """The section on peak memory: errors by source, GPU and model; the other rows by reason."""
+    told = found.summary()
+    lines = ["## Peak memory of training steps", ""]
+    if told["n"]:
+        lines += [
+            "A replay of the trainer's allocations, nothing fitted: MAPE "
+            f"{percent(told['mape'])} % over {told['n']} runs, largest {percent(told['max'])} %, "
+            f"bias {percent(told['bias'])} %, {percent(told['within_frac'])} % within 10 %.",
+            "",
+            "| source | GPU | model | plan | off % |",
+            "|---|---|---|---|---:|",
+        ]
+    for p in found.predictions:
+        row = p.run.row
+        names = " | ".join(map(_cell, (row.source, row.gpu, p.run.config.name, str(p.run.plan))))
+        lines.append(f"| {names} | {percent(p.ratio - 1)} |")
+    lines += ["", *(f"- {n} rows without a prediction: {reason}" for reason, n in found.reasons)]
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def steps_markdown(comparison: StepComparison, ratios: StepRatios | None = None) -> str:

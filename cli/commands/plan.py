@@ -85,6 +85,14 @@ Pins: TypeAlias = Annotated[
 Top: TypeAlias = Annotated[
     int, typer.Option("--top", metavar="N", min=1, max=50, help="Plans to show.")
 ]
+StackName: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--stack",
+        metavar="NAME",
+        help="Train as this framework does, e.g. megatron (kernels at the roofline).",
+    ),
+]
 
 
 def plan(
@@ -98,14 +106,7 @@ def plan(
     hbm_fraction: HbmFraction = "92%",
     pin: Pins = None,
     top: Top = 5,
-    stack: Annotated[
-        str | None,
-        typer.Option(
-            "--stack",
-            metavar="NAME",
-            help="Train as this framework does, e.g. megatron (kernels at the roofline).",
-        ),
-    ] = None,
+    stack: StackName = None,
     html: Html = None,
     out: Out = None,
     as_json: AsJson = False,

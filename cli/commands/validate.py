@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from hwmodels.calibration import Calibration
     from validate.compare import Ablation, Comparison, Table
     from validate.measurement import Readings
+    from validate.peak_memory import PeakComparison
     from validate.serving import ServingComparison
     from validate.step_accuracy import StepAccuracy
     from validate.steps import StepComparison
@@ -27,6 +29,33 @@ SCOPE_WORDS: Final[Mapping[str, str]] = {"architecture": "arch"}
 """Scopes as they stand in a narrow column."""
 MOST_FRAC: Final = 99.99
 """The largest error a narrow column states."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Whole:
+    """What was compared of whole steps: training, serving, memory."""
+
+    steps: StepComparison
+    accuracy: Sequence[StepAccuracy]
+    serving: ServingComparison
+    peaks: PeakComparison
+
+    def as_dict(self) -> dict[str, object]:
+        """The JSON document's part."""
+        from validate.step_accuracy import as_dicts
+
+        return {
+            "training_steps": self.steps.as_dict() | {"model": as_dicts(self.accuracy)},
+            "serving_steps": self.serving.as_dict(),
+            "peak_memory": self.peaks.as_dict(),
+        }
+
+    def show(self) -> None:
+        """All of it as tables."""
+        _print_steps(self.steps)
+        _print_accuracy(self.accuracy)
+        _print_serving(self.serving)
+        _print_peaks(self.peaks)
 
 
 def validate(
@@ -68,38 +97,43 @@ def validate(
     calibrations = given.calibrations(calibration, targets)
     with patience(f"comparing {shown(path)}"):
         from validate.compare import compare
-        from validate.serving import compare_serving
-        from validate.step_accuracy import as_dicts, step_accuracy
-        from validate.steps import compare_steps
 
         readings = _read(path, family, targets)
         comparison = compare(readings.rows, readings.refused, calibrations)
-        steps = compare_steps(readings.rows)
-        serving = compare_serving(readings.rows)
-        accuracy = step_accuracy(readings.rows)
+        steps_found = _compare_whole(readings)
         steps_of_calibration = _ablation(readings, calibrations) if ablation else ()
     contents: dict[Path, bytes] = {}
     if markdown is not None:
-        text = _markdown(comparison, (steps, accuracy, serving), steps_of_calibration, path, family)
+        text = _markdown(comparison, steps_found, steps_of_calibration, path, family)
         contents[markdown] = text.encode()
     if html is not None:
         with patience("drawing"):
             contents[html] = _page(comparison, path)
     write_all(contents)
     if as_json:
-        found = comparison.as_dict() | {
-            "training_steps": steps.as_dict() | {"model": as_dicts(accuracy)},
-            "serving_steps": serving.as_dict(),
-        }
+        found = comparison.as_dict() | steps_found.as_dict()
         show.print_json(found | ({"ablation": steps_of_calibration} if ablation else {}))
-    else:
-        _print_steps(steps)
-        _print_accuracy(accuracy)
-        _print_serving(serving)
-        _print(comparison)
-        _print_ablation(steps_of_calibration)
-        for file in contents:
-            print(f"wrote {file}")
+        return
+    steps_found.show()
+    _print(comparison)
+    _print_ablation(steps_of_calibration)
+    for file in contents:
+        print(f"wrote {file}")
+
+
+def _compare_whole(readings: Readings) -> Whole:
+    """Everything that is held against whole steps."""
+    from validate.peak_memory import compare_peaks
+    from validate.serving import compare_serving
+    from validate.step_accuracy import step_accuracy
+    from validate.steps import compare_steps
+
+    return Whole(
+        steps=compare_steps(readings.rows),
+        accuracy=step_accuracy(readings.rows),
+        serving=compare_serving(readings.rows),
+        peaks=compare_peaks(readings.rows),
+    )
 
 
 def _read(path: Path, family: str | None, targets: Mapping[str, str]) -> Readings:
@@ -130,7 +164,7 @@ def _page(comparison: Comparison, path: Path) -> bytes:
 
 def _markdown(
     comparison: Comparison,
-    whole: tuple[StepComparison, Sequence[StepAccuracy], ServingComparison],
+    whole: Whole,
     ablation: Sequence[Ablation],
     path: Path,
     family: str | None,
@@ -138,19 +172,26 @@ def _markdown(
     import datetime
 
     from hwmodels.step_ratios import shipped_ratios
-    from validate.report import accuracy_markdown, step_model_markdown, steps_markdown
+    from validate.report import (
+        accuracy_markdown,
+        peaks_markdown,
+        step_model_markdown,
+        steps_markdown,
+    )
     from validate.serving_report import serving_markdown
 
-    steps, accuracy, serving = whole
+    steps, serving = whole.steps, whole.serving
     name = path.resolve().name
     chosen = f" --family {family}" if family else ""
     more = " --ablation" if ablation else ""
     sections: list[str] = []
     if steps.num_rows:
-        model = step_model_markdown(accuracy)
+        model = step_model_markdown(whole.accuracy)
         sections.append(_steps_text(steps_markdown(steps, shipped_ratios()), model))
     if serving.num_rows:
         sections.append(serving_markdown(serving))
+    if whole.peaks.num_rows:
+        sections.append(peaks_markdown(whole.peaks))
     return accuracy_markdown(
         comparison,
         on=datetime.date.today(),
@@ -197,6 +238,21 @@ def _print_steps(steps: StepComparison) -> None:
         counts = [str(t.faster_than_bound), str(t.n_unseen)]
         errors = [percent(t.mape), percent(t.coverage_80)]
         made.add_row(shown(t.source, 20), shown(t.gpu, 24), str(t.n), *ratios, *counts, *errors)
+    show.console().print(made)
+
+
+def _print_peaks(peaks: PeakComparison) -> None:
+    """Peak memory of training steps, predicted over measured."""
+    from validate.report import percent
+
+    if not peaks.predictions:
+        return
+    columns = ("source", "GPU", "model", "plan", "off %")
+    made = show.table(*columns, title="peak memory of training steps", right=("off %",))
+    for p in peaks.predictions:
+        row = p.run.row
+        made.add_row(shown(row.source, 26), shown(row.gpu, 24), shown(p.run.config.name, 20),
+                     str(p.run.plan), percent(p.ratio - 1))  # fmt: skip
     show.console().print(made)
 
 
