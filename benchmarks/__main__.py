@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 
 from benchmarks.cases import Case, cases, system_cases
+from benchmarks.planners import storage_cases
 
 
 def seconds(call: Callable[[], object], repeat: int) -> float:
@@ -43,7 +44,7 @@ def measured(case: Case) -> dict[str, object]:
 def main() -> None:
     """Run all cases."""
     rows = []
-    for case in system_cases() if "--systems" in sys.argv else cases():
+    for case in system_cases() if "--systems" in sys.argv else [*cases(), *storage_cases()]:
         row = measured(case)
         rows.append(row)
         if "--json" not in sys.argv:

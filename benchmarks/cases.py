@@ -5,24 +5,27 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hwmodels import catalog
+from hwmodels.step_factors import shipped_values
 from simulator.estimate import BOUND, estimate
 from simulator.kernel_time.predict import predict
 from simulator.memory import training_memory
 from simulator.planners.parallelism import plan_parallelism, plan_space
 from simulator.recipe import RECIPES
-from simulator.step import training_step
+from simulator.stack import STACKS, OnDevice, factors_of
+from simulator.step import step_seconds, training_step
 from workloads import registry
 from workloads.models.config import load_hf_config
 from workloads.models.transformer import train_step
 from workloads.op import Op
 from workloads.ops.matmul import Matmul
+from workloads.plan import Plan
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -125,6 +128,7 @@ def cases() -> list[Case]:
             baseline_units=1_000_000,
             repeat=3,
         ),
+        step_case(),
         plan_case(),
     ]  # fmt: skip
 
@@ -170,6 +174,39 @@ def asked(name: str, batch: object) -> Op:
     known = registry.params(name)
     varied = {"batch": batch} if "batch" in known else {"num_voxels": batch * SIZES["length"]}  # type: ignore[operator]
     return registry.build(name, values | varied)
+
+
+def step_case() -> Case:
+    """A million plans of a dense model as a framework trains it: seconds alone."""
+    model = load_hf_config(ROOT / "examples/llama3-405b.json")
+    step = train_step(model, len_seq=8192, global_batch=61_440)
+    cluster, recipe = catalog.cluster("dgx-h100", nodes=512), RECIPES["bf16"]
+    framework = STACKS["megatron"]
+    stack = OnDevice(
+        stack=framework, factors=factors_of(framework, cluster.device, shipped_values())
+    )
+    space = plan_space(step, on=cluster)
+    times = -(-1_000_000 // np.size(space.dp))
+    many = Plan(
+        **{
+            f.name: np.tile(np.broadcast_to(getattr(space, f.name), np.shape(space.dp)), times)
+            for f in fields(Plan)
+        }
+    )
+    single = space.at(0)
+    return Case(
+        name=f"step_seconds, {np.size(many.dp):,} plans in one call",
+        run=lambda: step_seconds(step, plan=many, on=cluster, recipe=recipe, stack=stack),
+        baseline_name="a plan at a time",
+        baseline=lambda: [
+            step_seconds(step, plan=single, on=cluster, recipe=recipe, stack=stack)
+            for _ in range(20)
+        ],
+        bar_s=np.size(many.dp) / 2_000_000,
+        units=np.size(many.dp),
+        baseline_units=20,
+        repeat=3,
+    )
 
 
 def plan_case() -> Case:

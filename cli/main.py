@@ -7,9 +7,10 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import typer
+from typer.core import TyperGroup
 
 from cli import __version__
 from cli.quantity import shown
@@ -19,19 +20,24 @@ from hwmodels.errors import InfeasibleError, InputError
 COMMANDS: Final = (
     "devices",
     "clusters",
+    "collective",
     "systems",
     "estimate",
     "sweep",
     "scaling",
     "roofline",
     "plan",
+    "plan memory",
+    "plan sequences",
     "simulate",
+    "serve",
     "predict",
     "validate",
     "calibrate",
     "claims",
 )
-"""Each is a function of that name in the module `cli.commands.<name>`, light to import."""
+"""Each is a function of that name in the module `cli.commands.<name>`, light to import; a space
+in a name is an underscore there. `plan memory` is a command of its own beside `plan`."""
 
 DONE, BAD_INPUT, INFEASIBLE, INTERRUPTED, BROKEN_PIPE = 0, 2, 3, 130, 141
 
@@ -42,8 +48,21 @@ _ClickException: Final = next(
     c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException"
 )
 
+
+class _Commands(TyperGroup):
+    """Finds commands of two words before those of one: `plan memory` is not `plan` of a file."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command, its name, and the arguments that are left for it."""
+        two = " ".join(args[:2])
+        return (two, self.commands[two], args[2:]) if two in self.commands and args[1:] else (
+            super().resolve_command(ctx, args)
+        )  # fmt: skip
+
+
 app = typer.Typer(
     name="ridgeplan",
+    cls=_Commands,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help: it pipes, and keeps to the width it is told
@@ -76,7 +95,8 @@ def _main(
 
 
 for _name in COMMANDS:
-    app.command(_name)(getattr(import_module(f"cli.commands.{_name}"), _name))
+    _function = _name.replace(" ", "_")
+    app.command(_name)(getattr(import_module(f"cli.commands.{_function}"), _function))
 
 
 def run(argv: Sequence[str] | None = None) -> None:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from hwmodels.cluster import Cluster
     from hwmodels.step_ratios import StepRatio
     from simulator.planners.parallelism import Candidate, PlanChoice, Step
+    from simulator.planners.sequence_splits import Splits
+    from simulator.recipe import Recipe
     from simulator.stack import OnDevice
     from workloads.models.config import TransformerConfig
 
@@ -56,24 +58,37 @@ def rung_text(choice: PlanChoice) -> str:
     return f"calibrated: kernels as {choice.stack.stack.name} runs them; {choice.stack.source}"
 
 
-def framework_on(name: str | None, system: Cluster) -> OnDevice | None:
+def framework_on(
+    name: str | None, system: Cluster, recipe: Recipe | None = None
+) -> OnDevice | None:
     """The framework of that name with the fitted factors; None for 'bound' or nothing."""
-    from hwmodels.step_factors import shipped_factors
+    from hwmodels.step_factors import shipped_factors, shipped_low_precision, shipped_values
+    from simulator.expert_run import fitted_run
     from simulator.stack import OnDevice, factors_of
     from simulator.stack import stack as stack_of
 
     if name is None or name == BOUND:
         return None
-    framework, shipped = stack_of(name), shipped_factors()
+    narrow = recipe is not None and recipe.low is not None
+    framework, shipped = stack_of(name), shipped_low_precision() if narrow else shipped_factors()
+    factors = factors_of(framework, system.device, shipped_values())
     if shipped is None:
-        return OnDevice(stack=framework, factors=factors_of(framework, system.device, {}))
-    factors = factors_of(framework, system.device, shipped.values)
+        return OnDevice(stack=framework, factors=factors, experts=fitted_run())
     low, high = (100 * (math.exp(sign * shipped.half_80) - 1) for sign in (-1, 1))
+    kind = "published steps in narrow formats" if narrow else "published steps"
     source = (
-        f"factors of {shipped.num_runs} published steps; 80 % of steps of tables left out of the "
+        f"factors of {shipped.num_runs} {kind}; 80 % of steps of tables left out of the "
         f"fit took {low:+.0f} to {high:+.0f} % of the time told"
     )
-    return OnDevice(stack=framework, factors=factors, source=source)
+    return OnDevice(stack=framework, factors=factors, source=source, experts=fitted_run())
+
+
+def half_80_of(recipe: Recipe) -> float | None:
+    """Half width in log time of a calibrated step's 80 % interval; None where none was fitted."""
+    from hwmodels.step_factors import shipped_factors, shipped_low_precision
+
+    shipped = shipped_factors() if recipe.low is None else shipped_low_precision()
+    return None if shipped is None else shipped.half_80
 
 
 def asked_of(question: Step) -> dict[str, Any]:
@@ -161,9 +176,9 @@ def pins_given(given: list[str], option: str = "--pin") -> dict[str, int]:
     pins: dict[str, int] = {}
     for key, text in pairs(given, option, "tp=8"):
         field = PIN_WORDS.get(key.casefold(), key.casefold())
-        told = _recompute(text) if field == "recompute" else text
+        told = _told(field, text)
         number = parse_count(told, f"{option} {shown(key)}")
-        least = 0 if field in ("recompute", "zero_stage") else 1
+        least = 0 if field in ("recompute", "zero_stage", "sequence") else 1
         if number < least or number != int(number):
             raise InputError(
                 f"{option} {shown(key)} = '{shown(text)}' is not a whole number from {least} up"
@@ -174,12 +189,30 @@ def pins_given(given: list[str], option: str = "--pin") -> dict[str, int]:
     return pins
 
 
-def _recompute(text: str) -> str:
-    """The number of a recompute mode that is given by its name."""
+def _told(field: str, text: str) -> str:
+    """The number of a recompute mode, or of a sequence's split, that is given by its name."""
     from workloads.plan import Recompute
+    from workloads.sequence_plan import NAMES
 
-    names = {mode.name.casefold(): str(int(mode)) for mode in Recompute}
+    modes = {mode.name.casefold(): str(int(mode)) for mode in Recompute}
+    splits = {name: str(int(split)) for name, split in NAMES.items()}
+    names = {"recompute": modes, "sequence": splits}.get(field, {})
     return names.get(text.casefold(), text)
+
+
+EVERY: Final = "all"
+
+
+def splits_asked(named: list[str]) -> Splits:
+    """What `--sequence-parallel` asks for: the model's default, these alone, or all."""
+    from simulator.planners.sequence_splits import ANY, Splits, all_splits
+    from workloads.sequence_plan import split_named
+
+    if not named:
+        return ANY
+    if EVERY in (name.casefold() for name in named):
+        return all_splits()
+    return Splits(of=tuple(split_named(name) for name in named), whole=False)
 
 
 def question_of(kind: str, config: TransformerConfig, len_seq: int, batch: int) -> Step:

@@ -17,6 +17,9 @@ RESOURCES: Final = {
     "attention": "attention",
     "scores": "softmax of scores",
     "pointwise": "maps and norms",
+    "narrow": "matrix products in the narrow format",
+    "rowwise": "matrix products with scales by row",
+    "quantise": "casts to the narrow format",
 }
 
 

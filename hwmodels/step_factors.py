@@ -9,22 +9,26 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
 from hwmodels._json import JsonObject, read_json
 from hwmodels.catalog import DATA
+from hwmodels.frozen import FrozenDict
 from hwmodels.step_ratios import digest_of
 
 SCHEMA: Final = 1
 KIND: Final = "step-factors"
 FACTORS_FILE: Final = DATA / "steps" / "factors.json"
+LOW_PRECISION_FILE: Final = DATA / "steps" / "low_precision.json"
+"""Factors that only recipes of low-precision training use, fitted behind the others."""
 _TOP: Final = frozenset(
     {"schema", "kind", "date", "rows_digest", "rows", "num_runs", "sources", "factors",
      "half_80", "half_90", "left_out"}
 )  # fmt: skip
+_MFU: Final = frozenset({"mfu"})
 _ENTRY: Final = frozenset({"value", "prior", "spread"})
 
 
@@ -34,7 +38,8 @@ class StepFactors:
 
     `priors` and `spreads` are what the fit held them to. `left_out` is the mean error in % of each
     table's runs where the factors were fitted without it; `half_80` and `half_90`, half widths of
-    a step's interval in log time, hold that share of those errors.
+    a step's interval in log time, hold that share of those errors. `mfu`, where it is given, is the
+    median share of the peak that the runs of a device reach: the constant of the simplest model.
     """
 
     date: datetime.date
@@ -48,6 +53,7 @@ class StepFactors:
     half_80: float
     half_90: float
     left_out: Mapping[str, float]
+    mfu: Mapping[str, float] = field(default_factory=FrozenDict)
 
 
 @lru_cache(maxsize=1)
@@ -56,10 +62,22 @@ def shipped_factors() -> StepFactors | None:
     return read_step_factors(FACTORS_FILE) if FACTORS_FILE.exists() else None
 
 
+@lru_cache(maxsize=1)
+def shipped_low_precision() -> StepFactors | None:
+    """The shipped factors of low-precision training; None where none were ever fitted."""
+    return read_step_factors(LOW_PRECISION_FILE) if LOW_PRECISION_FILE.exists() else None
+
+
+def shipped_values() -> Mapping[str, float]:
+    """Every shipped factor by name; none of one file is in the other."""
+    files = (shipped_factors(), shipped_low_precision())
+    return {name: v for file in files if file is not None for name, v in file.values.items()}
+
+
 def read_step_factors(path: Path) -> StepFactors:
     """One file, read strictly; whatever is wrong is a `SpecError` that names the key."""
     top = JsonObject(path, "", read_json(path))
-    top.expect(_TOP)
+    top.expect(_TOP | (_MFU & top.values.keys()))
     if top.values["schema"] != SCHEMA or isinstance(top.values["schema"], bool):
         top.fail("schema", f"is not {SCHEMA}", "write it with this version's `validate.step_fit`")
     if top.values["kind"] != KIND:
@@ -72,6 +90,7 @@ def read_step_factors(path: Path) -> StepFactors:
     for entry in entries.values():
         entry.expect(_ENTRY)
     left_out = top.child("left_out")
+    mfu = top.child("mfu") if "mfu" in top.values else None
     return StepFactors(
         date=top.date("date"),
         num_runs=top.count("num_runs"),
@@ -84,4 +103,5 @@ def read_step_factors(path: Path) -> StepFactors:
         half_80=top.positive("half_80"),
         half_90=top.positive("half_90"),
         left_out={name: left_out.positive(name) for name in left_out.values},
+        mfu={name: mfu.positive(name) for name in mfu.values} if mfu is not None else FrozenDict(),
     )

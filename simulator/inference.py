@@ -11,14 +11,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from hwmodels.cluster import Cluster
+from simulator.context_parallel import forward_split
 from simulator.estimate import BOUND
 from simulator.exchange import CONTEXT, layer_exchanges
 from simulator.pieces import (
     PIPELINE,
     StepEstimate,
     Totals,
-    excess_over,
-    is_attention,
     merge,
     send_seconds,
     slowest_stage,
@@ -44,8 +43,11 @@ def inference_step(step: Inference, *, plan: Plan, on: Cluster, recipe: Recipe) 
     slot = replace(plan, micro_batch=step.batch)
     for kind, count in cfg.kinds.items():
         nodes, share = step.layer(kind, plan, dtype=recipe.dtype), count / cfg.num_layers
-        forward = forward.plus(total_seconds(nodes, on=device), share)
-        core = total_seconds(filter(is_attention, nodes), on=device).lower_s
+        split = forward_split(
+            cfg, list(nodes), len_seq=step.len_new, plan=slot, on=on, dtype=recipe.dtype
+        )
+        kernels = total_seconds(nodes, on=device).plus(split.extra)
+        forward = forward.plus(kernels, share)
         once: dict[str, Num] = {}
         for exchange in layer_exchanges(
             cfg,
@@ -55,8 +57,8 @@ def inference_step(step: Inference, *, plan: Plan, on: Cluster, recipe: Recipe) 
             element_bytes=recipe.dtype.bytes_per_element,
         ):
             once = merge(once, {exchange.piece: exchange.seconds(on=on)[0]}, 1.0)
-        moved = merge(moved, once, share)
-        exposed = merge(exposed, excess_over(once, CONTEXT, core), share)
+        moved = merge(moved, once | {CONTEXT: split.moved}, share)
+        exposed = merge(exposed, once | {CONTEXT: split.exposed}, share)
     both = step.ends(plan, dtype=recipe.dtype)
     embedding = total_seconds(both.select(part="embedding"), on=device)
     head = total_seconds((n for n in both if n.part != "embedding"), on=device)

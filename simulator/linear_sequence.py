@@ -2,11 +2,11 @@
 
 LASP-1 (Sun et al. 2024, arXiv 2404.02882, algorithm 2) hands the running state from rank to rank:
 
-    T = l (O_intra + own) + (P - 1) hop,     own = O_inter + K^T V,     hop = send + own
+    T = O_intra + own + (P - 1) hop,     own = O_inter + K^T V,     hop = send + O_inter + sum
 
-over l layers: nothing else holds ranks together within a pass, so that the first ones run ahead
-into the next layer and the chain is waited for once, like the filling of a pipeline. Recomputed
-passes find the states kept, as the paper caches them.
+for every layer: K^T V is ready before the state comes (algorithm 6 of arXiv 2502.07563), and ranks
+whose weights are sharded gather them layer by layer, so that none runs ahead of the chain. Hops
+within a node take its own links. Recomputed passes find the states kept, as the paper caches them.
 A ring passes K and V of all ranks by every rank and turns each into a state again:
 
     T = O_intra + (P - 1) max(send of K and V, K^T V + O_inter)
@@ -26,6 +26,7 @@ from simulator.sequence_parallel import (
     attention_seconds,
     of_phase,
 )
+from workloads.ops.elementwise import add
 from workloads.ops.flash_attention import FlashAttention2
 from workloads.ops.linear_states import LinearStates
 from workloads.sequence_parallel import (
@@ -40,17 +41,22 @@ from workloads.workload import BACKWARD, FORWARD
 
 
 def passed_states_seconds(
-    shape: FlashAttention2, *, num_ranks: int, on: Cluster, phase: str = FORWARD,
-    num_layers: int = 1,
-) -> AttentionSeconds:  # fmt: skip
-    """LASP-1: one pass of that many layers."""
+    shape: FlashAttention2, *, num_ranks: int, on: Cluster, phase: str = FORWARD
+) -> AttentionSeconds:
+    """LASP-1: one pass of one layer."""
     inner_s, own_s = _parts(shape, num_ranks, on, phase)
-    send_s = _ring_send(Network(on=on, num_ranks=num_ranks), float(state_bytes(shape)))
-    chain_s = (num_ranks - 1) * (send_s + own_s)
-    compute_s = num_layers * (inner_s + own_s)
-    return AttentionSeconds(
-        seconds=compute_s + chain_s, compute_s=compute_s, sends_s=(num_ranks - 1) * send_s
+    op = _states_of(shape, num_ranks)
+    outer_s = (2 if phase == BACKWARD else 1) * attention_alone(op.outer(), on, phase, USUAL)
+    elements = float(state_bytes(shape)) / shape.dtype.bytes_per_element
+    sum_s = attention_alone(add(elements, shape.dtype), on, phase, USUAL)
+    net = Network(on=on, num_ranks=num_ranks)
+    sends_s = sum(
+        net.step_seconds([Message(rank, rank + 1, float(state_bytes(shape)), "next", "state")])
+        for rank in range(num_ranks - 1)
     )
+    compute_s = inner_s + own_s
+    chain_s = sends_s + (num_ranks - 1) * (outer_s + sum_s)
+    return AttentionSeconds(seconds=compute_s + chain_s, compute_s=compute_s, sends_s=sends_s)
 
 
 def passed_keys_seconds(
@@ -101,15 +107,19 @@ def hybrid_layers_seconds(
 
 def _parts(shape: FlashAttention2, num_ranks: int, on: Cluster, phase: str) -> tuple[float, float]:
     """Seconds of a chunk's own attention, and of what its state and the sum before it take."""
-    op = LinearStates(
-        batch=shape.batch, num_heads=shape.num_heads, len_seq=shape.len_q,
-        head_dim=shape.head_dim, num_ranks=num_ranks, dtype=shape.dtype,
-    )  # fmt: skip
+    op = _states_of(shape, num_ranks)
     whole = attention_seconds(strategy("lasp2"), shape, num_ranks=num_ranks, on=on, phase=phase)
     products = (op.state(), op.outer())
     times = 2 if phase == BACKWARD else 1
     own_s = times * sum(attention_alone(p, on, phase, USUAL) for p in products)
     return whole.compute_s - own_s, own_s
+
+
+def _states_of(shape: FlashAttention2, num_ranks: int) -> LinearStates:
+    return LinearStates(
+        batch=shape.batch, num_heads=shape.num_heads, len_seq=shape.len_q,
+        head_dim=shape.head_dim, num_ranks=num_ranks, dtype=shape.dtype,
+    )  # fmt: skip
 
 
 def _ring_send(net: Network, num_bytes: float) -> float:

@@ -7,6 +7,7 @@
     activations                     what a layer keeps (none or full recompute) times its layers
                                     times the micro-batches in flight
     working set                     under full recompute, the layer being redone
+    sequence exchange               chunks on their way between the ranks of a sequence
     ends                            what embedding, head and loss keep
 
 In flight on stage i of p with v chunks: min(m, p - i) micro-batches of the whole stage under 1F1B
@@ -25,12 +26,15 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
+from simulator.context_parallel import buffer_bytes, chosen, kept_beside_bytes
 from simulator.recipe import Recipe
 from workloads.models.activations import ends_bytes, kv_cache_bytes, layer_bytes
 from workloads.models.config import TransformerConfig
+from workloads.models.experts import expert_replicas
 from workloads.models.parameters import (
     StageParameters,
     layer_parameters,
@@ -38,7 +42,7 @@ from workloads.models.parameters import (
 )
 from workloads.models.transformer import Inference, TrainStep
 from workloads.numeric import Num, ceil_div, is_scalar, maximum, minimum, where
-from workloads.plan import Plan, Recompute
+from workloads.plan import Plan, Recompute, SequenceSplit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,18 +73,27 @@ def training_memory(step: TrainStep, *, plan: Plan, recipe: Recipe) -> MemoryEst
         cfg, batch=plan.micro_batch, len_seq=step.len_seq, plan=plan, dtype=recipe.dtype
     )
     alone, num = plan.pp == 1, ceil_div(cfg.num_layers, plan.pp)
-    kept = _kept(step, plan, recipe)
-    whole = Plan(tp=plan.tp, cp=plan.cp, ep=plan.ep, micro_batch=plan.micro_batch)
-    redone = where(plan.recompute == Recompute.FULL, _largest(_kept(step, whole, recipe)), 0.0)
+    kept = kept_bytes(step, plan, recipe)
+    whole = Plan(
+        tp=plan.tp, cp=plan.cp, ep=plan.ep, etp=plan.etp, micro_batch=plan.micro_batch,
+        sequence=plan.sequence, ulysses=plan.ulysses,
+    )  # fmt: skip
+    redone = where(plan.recompute == Recompute.FULL, _largest(kept_bytes(step, whole, recipe)), 0.0)
+    passing = buffer_bytes(cfg, len_seq=step.len_seq, plan=plan, dtype=recipe.dtype)
 
     def stage(index: Num, held: StageParameters, start: Num, ends: Num) -> dict[str, Num]:
         num_moe = _num_moe(cfg, start, start + num)
         saved = kept.get("moe", 0.0) * num_moe + kept.get("dense", 0.0) * (num - num_moe)
-        activations = saved * _in_flight(step, plan, index)
-        states = _states(cfg, plan, recipe, held)
-        return states | {"activations": activations, "working set": redone, "ends": ends}
+        activations = saved * in_flight(step, plan, index)
+        states = state_bytes(cfg, plan, recipe, held)
+        return states | {
+            "activations": activations,
+            "working set": redone,
+            "ends": ends,
+            "sequence exchange": passing,
+        }
 
-    before = edges.embedding * _in_flight(step, plan, 0) + where(alone, edges.head, 0.0)
+    before = edges.embedding * in_flight(step, plan, 0) + where(alone, edges.head, 0.0)
     after = edges.head + where(alone, edges.embedding, 0.0)
     fullest = stage(0, first, 0, before)
     others = [stage(plan.pp - 1, last, cfg.num_layers - num, after)]
@@ -112,7 +125,7 @@ def _held_inside(cfg: TransformerConfig, plan: Plan, start: Num) -> StageParamet
     num = ceil_div(cfg.num_layers, plan.pp)
     num_moe = _num_moe(cfg, start, start + num)
     dense = layer_parameters(cfg, "dense", plan.tp)
-    moe = layer_parameters(cfg, "moe", plan.tp, plan.ep)
+    moe = layer_parameters(cfg, "moe", plan.tp, plan.ep, plan.expert_tp)
     return StageParameters(
         dense=num_moe * moe.dense + (num - num_moe) * dense.total, experts=num_moe * moe.experts
     )
@@ -159,14 +172,16 @@ def inference_memory(step: Inference, *, plan: Plan, recipe: Recipe) -> MemoryEs
     )
 
 
-def _states(
+def state_bytes(
     cfg: TransformerConfig, plan: Plan, recipe: Recipe, held: StageParameters
 ) -> dict[str, Num]:
     """What a rank keeps of its stage's parameters, sharded as the ZeRO stage says."""
-    replicas = plan.dp * plan.cp
-    expert_replicas = maximum(replicas / plan.ep, 1)
-    shard = ceil_div(held.dense, replicas) + ceil_div(held.experts, expert_replicas)
-    layers = {kind: layer_parameters(cfg, kind, plan.tp, plan.ep).total for kind in cfg.kinds}
+    shard = ceil_div(held.dense, plan.dp * plan.cp)
+    shard = shard + ceil_div(held.experts, expert_replicas(plan))
+    layers = {
+        kind: layer_parameters(cfg, kind, plan.tp, plan.ep, plan.expert_tp).total
+        for kind in cfg.kinds
+    }
     gathered = 2 * recipe.weight_bytes * _largest(layers)
     return {
         "weights": recipe.weight_bytes * where(plan.zero_stage >= 3, shard, held.total),
@@ -176,7 +191,7 @@ def _states(
     }
 
 
-def _in_flight(step: TrainStep, plan: Plan, stage: Num) -> Num:
+def in_flight(step: TrainStep, plan: Plan, stage: Num) -> Num:
     """Micro-batches whose activations a stage holds at once, in whole stages."""
     num_micro = plan.num_micro_batches(step.global_batch)
     v, p = plan.interleave, plan.pp
@@ -185,19 +200,22 @@ def _in_flight(step: TrainStep, plan: Plan, stage: Num) -> Num:
     return where(v > 1, interleaved, minimum(num_micro, p - stage))
 
 
-def _kept(step: TrainStep, plan: Plan, recipe: Recipe) -> dict[str, Num]:
+def kept_bytes(step: TrainStep, plan: Plan, recipe: Recipe) -> dict[str, Num]:
     """Bytes one layer of each kind keeps for one micro-batch."""
-    return {
-        kind: layer_bytes(
-            step.config,
-            kind=kind,
-            batch=plan.micro_batch,
-            len_seq=step.len_seq,
-            plan=plan,
-            dtype=recipe.dtype,
-        )
-        for kind in step.config.kinds
-    }
+    cfg, len_seq, dtype = step.config, step.len_seq, recipe.dtype
+    writes_scores = chosen(plan, SequenceSplit.RING_SELF_ATTENTION)
+    beside = kept_beside_bytes(cfg, len_seq=len_seq, plan=plan, dtype=dtype)
+    found: dict[str, Num] = {}
+    for kind in cfg.kinds:
+        make = partial(
+            layer_bytes, cfg, kind=kind, batch=plan.micro_batch, len_seq=len_seq, plan=plan,
+            dtype=dtype,
+        )  # fmt: skip
+        found[kind] = make() + beside
+        if np.any(writes_scores):
+            scored = make(materialised=True)
+            found[kind] = where(np.greater(writes_scores, 0), scored, found[kind])
+    return found
 
 
 def _largest(by_kind: Mapping[str, Num]) -> Num:

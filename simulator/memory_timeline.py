@@ -4,7 +4,8 @@ A `Trace` collects allocations and frees by name; its `Timeline` gives the live 
 event, the peak, and the tensors alive there by kind and share: a peak that explains itself.
 `stage_timeline` writes the trace of one pipeline stage, pass by pass of a `Schedule`:
 
-    before      weights, gradients, optimizer states (recipe, ZeRO stage)
+    before      weights, gradients, optimizer states (recipe, ZeRO stage); two layers gathered
+                whole under ZeRO 3
     forward     a layer keeps its saved tensors (`workloads.models.activations`); full recompute its
                 input, selective recompute all but the scores
     backward    layers in reverse: what was dropped comes back, the gradient of the hidden states
@@ -13,15 +14,15 @@ event, the peak, and the tensors alive there by kind and share: a peak that expl
     last stage  inputs of the final norm and the head, and the loss's probabilities
 
 The peak of the kept tensors is the closed form of `simulator.activation_memory` where that one
-applies (GPT, dropout, unfused attention). Ignored here: gathered weights of ZeRO 3, collectives'
-buffers, fragments; `simulator.fsdp_memory` replays those for a framework that has them.
+applies (GPT, dropout, unfused attention). Ignored here: collectives' buffers,
+fragments; `simulator.fsdp_memory` replays those for a framework that has them.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -38,8 +39,9 @@ from workloads.models.transformer import TrainStep
 from workloads.numeric import ceil_div
 from workloads.plan import Plan, Recompute
 
-WEIGHTS, GRADIENTS, OPTIMIZER, KEPT, RECOMPUTED, FLOWING, ENDS = (
+WEIGHTS, GRADIENTS, OPTIMIZER, KEPT, RECOMPUTED, FLOWING, ENDS, GATHERED = (
     "weights", "gradients", "optimizer", "activations", "recomputed", "flowing gradient", "ends",
+    "gathered weights",
 )  # fmt: skip
 
 
@@ -99,6 +101,8 @@ class Trace:
 class Timeline:
     """Events in order; everything else follows from them.
 
+    `pass_ends`: events up to the end of each pass, where a stage was played.
+
     >>> trace = Trace()
     >>> trace.allocate("x", 100, kind="activations")
     >>> trace.allocate("w", 300, kind="weights")
@@ -109,6 +113,15 @@ class Timeline:
     """
 
     events: tuple[Event, ...]
+    pass_ends: tuple[int, ...] = ()
+
+    def by_pass(self) -> Iterator[tuple[float, float]]:
+        """(most bytes alive during it, bytes alive after it) of every pass of the stage."""
+        live, start = self.live_bytes, 0
+        for end in self.pass_ends:
+            before = live[start - 1] if start else 0.0
+            yield float(live[start:end].max(initial=before)), float(live[end - 1] if end else 0.0)
+            start = end
 
     @property
     def live_bytes(self) -> NDArray[np.float64]:
@@ -194,25 +207,27 @@ def stage_timeline(
     stage: int = 0,
     options: StageOptions = FUSED,
 ) -> Timeline:
-    """One step of one rank of a stage; the layers divide evenly over the parts of the schedule."""
+    """One step of one rank of a stage; layers over the parts as `simulator.timeline` lays them."""
     if not 0 <= stage < schedule.num_stages:
         raise InputError(f"stage {stage} of {schedule.num_stages}; count from 0")
     if schedule.num_stages != plan.pp:
         raise InputError(
             f"the schedule has {schedule.num_stages} stages, the plan {plan.pp}; make them equal"
         )
-    if step.config.num_layers % schedule.num_parts:
+    if step.config.num_layers % schedule.num_parts and len(schedule.parts) > 1:
         raise InputError(
             f"{step.config.num_layers} layers do not divide over {schedule.num_parts} parts; "
             "change the stages or the chunks"
         )
-    trace = Trace()
-    run = _Stage(step, plan, recipe, schedule, stage, options)
+    trace, marks = Trace(), []
+    bare = _Stage(step, plan, recipe, schedule, stage, options)
+    run = replace(bare, table={k: tuple(bare.saved_of(k)) for k in step.config.kinds})
     for kind, num_bytes in run.states().items():
         trace.allocate(kind, num_bytes, kind=kind)
     for one in schedule.passes[stage]:
         run.play(trace, one)
-    return trace.timeline()
+        marks.append(len(trace.events))
+    return replace(trace.timeline(), pass_ends=tuple(marks))
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +238,7 @@ class _Stage:
     schedule: Schedule
     stage: int
     options: StageOptions
+    table: Mapping[str, tuple[tuple[SavedTensor, float], ...]] = field(default_factory=dict)
 
     # ---- sizes -----------------------------------------------------------------------------
 
@@ -253,18 +269,29 @@ class _Stage:
             (self.recipe.optimizer_bytes, self.recipe.gradient_bytes, self.recipe.weight_bytes),
             strict=True,
         )
-        return {
+        held = {
             kind: size * float(shard if self.plan.zero_stage > level else parameters)
             for level, (kind, size) in enumerate(sizes)
+        }
+        if self.plan.zero_stage >= 3:  # two layers whole, at work and next
+            held[GATHERED] = 2 * self.recipe.weight_bytes * max(self.layer_sizes().values())
+        return held
+
+    def layer_sizes(self) -> dict[str, float]:
+        """Parameters of a layer on one rank, by kind."""
+        cfg, plan = self.cfg, self.plan
+        return {
+            k: float(layer_parameters(cfg, k, plan.tp, plan.ep, plan.expert_tp).total)
+            for k in cfg.kinds
         }
 
     def parameters(self) -> float:
         """Of the layers of all its parts, and of the ends that the rank has."""
-        cfg, tp, ep = self.cfg, self.plan.tp, self.plan.ep
-        layers = {k: float(layer_parameters(cfg, k, tp, ep).total) for k in cfg.kinds}
+        cfg, tp, ep, etp = self.cfg, self.plan.tp, self.plan.ep, self.plan.expert_tp
+        layers = self.layer_sizes()
         own = [layer for chunk in range(len(self.schedule.parts)) for layer in self.layers(chunk)]
         total = sum(layers[self.kind(layer)] for layer in own)
-        whole = Plan(tp=tp, ep=ep, pp=cfg.num_layers)
+        whole = Plan(tp=tp, ep=ep, etp=etp, pp=cfg.num_layers)
         first, last = parameters_per_rank(cfg, whole)  # a stage for every layer: ends by difference
         if 0 in own:
             total += float(first.total) - layers[self.kind(0)]
@@ -279,14 +306,19 @@ class _Stage:
 
     def layers(self, chunk: int) -> range:
         """Layers of the model that a chunk of this stage holds."""
-        per_part = self.cfg.num_layers // self.schedule.num_parts
+        per_part = -(-self.cfg.num_layers // self.schedule.num_parts)
         start = self.schedule.parts[chunk][self.stage] * per_part
-        return range(start, start + per_part)
+        return range(start, min(start + per_part, self.cfg.num_layers))
 
-    def saved(self, layer: int) -> Iterator[tuple[SavedTensor, float]]:
+    def saved(self, layer: int) -> Iterable[tuple[SavedTensor, float]]:
         """The tensors of a layer with their bytes."""
+        return self.table[self.kind(layer)]
+
+    def saved_of(self, kind: str) -> Iterator[tuple[SavedTensor, float]]:
+        """The same, of a kind of layer: what `table` holds."""
         for tensor in saved_tensors(
-            self.cfg, kind=self.kind(layer), len_seq=self.step.len_seq, tp=self.plan.tp,
+            self.cfg, kind=kind, len_seq=self.step.len_seq, tp=self.plan.tp,
+            etp=self.plan.expert_tp,
             materialised=self.options.materialised, dropout=self.options.dropout,
             dtype=self.recipe.dtype,
         ):  # fmt: skip

@@ -9,6 +9,10 @@ addressed beyond level i-1. Send-receive shifts a ring: each rank sends to the n
 rank's buffer crosses every level the ring spans. Levels work at the same time in `lower_s` and
 one after another in `upper_s`; a hop costs the level's `latency_s` where one is published and
 nothing where none is. Protocols, chunking and contention are ignored: links run at wire rate.
+
+A level's bandwidth is each rank's own: all groups of a plan communicate at the same time, so that
+whole nodes have all ports of their nodes, and a group with one rank a node has that rank's. In a
+mesh of point-to-point links a group has those among its members (`network_topology.mesh_frac`).
 """
 
 from __future__ import annotations
@@ -16,15 +20,28 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
 from hwmodels.cluster import Cluster, LinkLevel
 from hwmodels.errors import UnsupportedError
+from simulator.kernel_time.model import Conditions
 from simulator.kernel_time.predict import predict
-from workloads.numeric import Num, any_true, is_scalar, maximum, minimum, where
+from simulator.network_topology import mesh_frac, node_size, one_hop_s
+from workloads.numeric import Num, any_true, ceil_div, is_scalar, maximum, minimum, where
 from workloads.ops.collective import Collective
-from workloads.ops.collective_transfer import KINDS, CollectiveTransfer
+from workloads.ops.collective_transfer import (
+    KINDS,
+    ClusterCollective,
+    CollectiveTransfer,
+    StagedCollective,
+)
+
+LIBRARY: Final = "nccl"
+"""Label of the communication library's kernels."""
+STAGED: Final = "host memory"
+"""How the topology of a level says that messages go through the host's memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +93,8 @@ def estimate_collective(
         n = collective.num_ranks
         alone = last or on.num_accelerators <= level.size
         members = n if alone else _members(n, level.size, stride)
-        seconds[level.name] = _level_seconds(collective, level, inside, members)
+        share = mesh_frac(on, level, members, stride) if index == 0 else 1.0
+        seconds[level.name] = _level_seconds(collective, level, inside, members, share)
         inside = members
     return CollectiveEstimate(seconds_by_level=seconds)
 
@@ -87,23 +105,69 @@ def bound_seconds(collective: Collective, *, on: Cluster, stride: Num = 1) -> Nu
 
 
 def calibrated_seconds(collective: Collective, *, on: Cluster, stride: Num = 1) -> Num:
-    """Seconds by the calibrated collective model where all ranks share the innermost level.
+    """Seconds as the communication library takes them: on one node, or over several.
 
-    Groups that leave it are at the bound; so are kinds and devices that no model knows.
+    Kinds and devices that no model knows are at the bound, which nothing between nodes beats.
     """
     bound = bound_seconds(collective, on=on, stride=stride)
-    inside = collective.num_ranks * stride <= on.levels[0].size
-    if collective.kind not in KINDS or not any_true(inside & (collective.num_ranks > 1)):
+    n = collective.num_ranks
+    if collective.kind not in KINDS or not any_true(np.greater(n, 1)):
         return bound
-    ranks = where(inside, maximum(collective.num_ranks, 2), 2)
-    op = CollectiveTransfer(
-        kind=collective.kind, num_bytes=maximum(collective.num_bytes, 1), num_ranks=ranks
-    )
+    inside = np.less_equal(n * stride, node_size(on))
     try:
-        found = predict(op, on=on.device).seconds
+        seconds = _predicted(on_node(collective, on=on, stride=stride), on)
+        if not np.all(inside):
+            far = _predicted(over_nodes(collective, on=on, stride=stride), on)
+            seconds = where(inside, seconds, maximum(far, bound))
     except UnsupportedError:
         return bound
-    return where(inside, where(collective.num_ranks > 1, found, 0.0), bound)
+    return where(np.greater(n, 1), seconds, 0.0)
+
+
+def on_node(collective: Collective, *, on: Cluster, stride: Num = 1) -> CollectiveTransfer:
+    """The collective as an op of one node; two ranks stand for groups that leave it."""
+    n = collective.num_ranks
+    inside = np.less_equal(n * stride, node_size(on)) & np.greater(n, 1)
+    ranks, apart = where(inside, n, 2), where(inside, stride, 1)
+    return CollectiveTransfer(
+        kind=collective.kind,
+        num_bytes=ceil_div(maximum(collective.num_bytes, 1), 1),
+        num_ranks=ranks,
+        stride=apart,
+        mesh_frac=mesh_frac(on, on.levels[0], ranks, apart),
+    )
+
+
+def over_nodes(collective: Collective, *, on: Cluster, stride: Num = 1) -> ClusterCollective:
+    """The collective as an op of several nodes; one over two stands for groups inside one."""
+    n, size = collective.num_ranks, node_size(on)
+    away = np.greater(n * stride, size)
+    each = where(away, _members(n, size, stride), 1)
+    ranks = where(away, n, 2)
+    crossed = [x for x in on.levels if x.size > size]
+    ports = [x.bytes_per_s / x.oversubscription for x in crossed]
+    staged = any(STAGED in x.topology for x in crossed)
+    return (StagedCollective if staged else ClusterCollective)(
+        kind=collective.kind,
+        num_bytes=ceil_div(maximum(collective.num_bytes, 1), 1),
+        num_ranks=ranks,
+        num_nodes=ranks / each,
+        stride=where(away & np.greater(each, 1), stride, 1),
+        mesh_frac=mesh_frac(on, on.levels[0], each, stride),
+        port_bytes_per_s=min(ports),
+        hop_s=one_hop_s(on, crossed),
+    )
+
+
+def _predicted(op: CollectiveTransfer, on: Cluster) -> Num:
+    return predict(op, on=on.device, conditions=Conditions(kernel=LIBRARY)).seconds
+
+
+def members_within(num_ranks: Num, level: LinkLevel, stride: Num, on: Cluster) -> Num:
+    """Ranks of a group, `stride` apart, that surely share one group of a link level."""
+    if on.num_accelerators <= level.size:
+        return num_ranks
+    return _members(num_ranks, level.size, stride)
 
 
 def _members(num_ranks: Num, size: float, stride: Num) -> Num:
@@ -122,11 +186,15 @@ def _members(num_ranks: Num, size: float, stride: Num) -> Num:
     return np.where(whole, inside, 1).astype(np.float64)
 
 
-def _level_seconds(collective: Collective, level: LinkLevel, inside: Num, members: Num) -> Num:
-    """Seconds at one level, where groups of `inside` ranks become groups of `members`."""
+def _level_seconds(
+    collective: Collective, level: LinkLevel, inside: Num, members: Num, share: Num
+) -> Num:
+    """Seconds at one level, where groups of `inside` ranks become groups of `members` over that
+    share of their links.
+    """
     n, size = collective.num_ranks, collective.num_bytes
     parties = members / inside
-    bandwidth = level.bytes_per_s / level.oversubscription
+    bandwidth = share * level.bytes_per_s / level.oversubscription
     if collective.kind == "all_to_all":
         wire = size * (members - inside) / n
         hops: Num = where(parties > 1, 1, 0)

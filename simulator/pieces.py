@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+
+import numpy as np
 
 from hwmodels.cluster import Cluster
 from hwmodels.device import Device
 from simulator.estimate import BOUND, Estimate, estimate
 from simulator.exchange import CONTEXT, EXPERT, TENSOR
+from simulator.grouped_products import grouped_seconds
 from simulator.kernel_time.model import Conditions
 from simulator.kernel_time.predict import predict
-from simulator.network import estimate_collective
+from simulator.network import bound_seconds, calibrated_seconds
 from simulator.recipe import Recipe
-from simulator.stack import ATTENTION, HALF, POINTWISE, PRODUCT, SCORES, OnDevice, class_of
+from simulator.stack import (
+    ATTENTION,
+    COUNTED_LOSS_BYTES,
+    POINTWISE,
+    SCORES,
+    OnDevice,
+    Stack,
+    class_of,
+)
 from workloads.models.config import TransformerConfig
 from workloads.numeric import Num, ceil_div, maximum, where
 from workloads.op import Op
@@ -23,12 +34,14 @@ from workloads.ops.attention_backward import StandardAttentionBackward
 from workloads.ops.collective import Collective
 from workloads.ops.flash_attention import FlashAttention2
 from workloads.ops.flash_attention_backward import FlashAttention2Backward
+from workloads.ops.grouped_matmul import GroupedMatmul
 from workloads.plan import Plan
 from workloads.workload import Node
 
 PIPELINE, BUBBLE, DATA = "pipeline sends", "pipeline bubble", "data parallel"
 RECOMPUTED, OPTIMIZER_STEP = "recompute", "optimizer"
-GAPS, REDONE = "launch gaps", "redone"
+GAPS, STRAGGLERS = "launch gaps", "stragglers"
+LOSS = "loss"
 EXCHANGE_PIECES = (TENSOR, CONTEXT, EXPERT, PIPELINE, BUBBLE, DATA, OPTIMIZER_STEP)
 
 
@@ -122,10 +135,21 @@ def _bound(node: Node, on: Device) -> Totals:
 
 def _in_stack(node: Node, on: Device, stack: OnDevice) -> Totals:
     by_class: dict[str, Num] = {}
+    passes = _passes(node, stack.stack)
     for kernel_class, seconds in stack_seconds(node.op, on=on, stack=stack):
-        by_class[kernel_class] = by_class.get(kernel_class, 0.0) + seconds
+        by_class[kernel_class] = by_class.get(kernel_class, 0.0) + passes * seconds
     whole = sum(by_class.values(), start=0.0)
     return Totals(lower_s=whole, upper_s=whole, by_part={node.part: whole}, by_resource=by_class)
+
+
+def _passes(node: Node, framework: Stack) -> float:
+    """How often the framework's kernels move what one kernel for the node would."""
+    name, _, suffix = node.name.partition(".")
+    kind = name.rpartition("_")[2]
+    if kind == LOSS:
+        return framework.loss_bytes / COUNTED_LOSS_BYTES
+    forward, backward = framework.passes.get(kind, (1.0, 1.0))
+    return {"": forward, "backward": backward}.get(suffix, 1.0)
 
 
 def stack_seconds(op: Op, *, on: Device, stack: OnDevice) -> list[tuple[str, Num]]:
@@ -145,6 +169,8 @@ def _kernel_times(op: Op, on: Device, attention_kernel: str) -> tuple[tuple[str,
             for stage in op.stages()
         )
     kernel_class = class_of(op)
+    if isinstance(op, GroupedMatmul):
+        return ((kernel_class, grouped_seconds(op, on=on)),)
     label = attention_kernel if kernel_class == ATTENTION else ""
     return ((kernel_class, predict(op, on=on, conditions=Conditions(kernel=label)).seconds),)
 
@@ -158,15 +184,15 @@ def _in_pieces(op: Op) -> str:
     return SCORES if kernel_class == POINTWISE else kernel_class
 
 
-def recomputed(forward: Iterable[Node], whole: Totals, *, on: Device, stack: OnDevice) -> Totals:
-    """What the framework's selective recomputation runs again of a layer's forward pass."""
-    if stack.stack.selective == HALF:
-        kept = {PRODUCT: 0.5, ATTENTION: 0.0}
-        seconds = sum((t * kept.get(k, 1.0) for k, t in whole.by_resource.items()), start=0.0)
-        return Totals(lower_s=seconds, upper_s=seconds, by_part={REDONE: seconds},
-                      by_resource={PRODUCT: seconds})  # fmt: skip
-    scores = (n for n in forward if isinstance(n.op, StandardAttention))
-    return total_seconds(scores, on=on, stack=stack)
+def shared_seconds(
+    nodes: Sequence[Node], shares: Sequence[Num], *, on: Device, stack: OnDevice | None
+) -> Totals:
+    """Seconds of nodes in sequence, of each the share given."""
+    total = Totals()
+    for node, share in zip(nodes, shares, strict=True):
+        if np.any(share):
+            total = total.plus(total_seconds((node,), on=on, stack=stack), share)
+    return total
 
 
 def gaps(layer_s: float) -> Totals:
@@ -178,7 +204,13 @@ def gaps(layer_s: float) -> Totals:
 
 
 def send_seconds(
-    cfg: TransformerConfig, len_seq: Num, plan: Plan, on: Cluster, recipe: Recipe
+    cfg: TransformerConfig,
+    len_seq: Num,
+    plan: Plan,
+    on: Cluster,
+    recipe: Recipe,
+    *,
+    calibrated: bool = False,
 ) -> Num:
     """Seconds of one activation from a stage to the next; sharded over tp along the sequence."""
     tokens = ceil_div(plan.micro_batch * ceil_div(len_seq, plan.cp), plan.tp)
@@ -187,7 +219,8 @@ def send_seconds(
         num_bytes=tokens * cfg.hidden_dim * recipe.dtype.bytes_per_element,
         num_ranks=plan.pp,
     )
-    return estimate_collective(sent, on=on, stride=plan.tp * plan.cp * plan.dp).lower_s
+    seconds = calibrated_seconds if calibrated else bound_seconds
+    return seconds(sent, on=on, stride=plan.tp * plan.cp * plan.dp)
 
 
 def slowest_stage(
@@ -240,8 +273,3 @@ def merge(a: Mapping[str, Num], b: Mapping[str, Num], times: Num) -> dict[str, N
     for key, value in b.items():
         merged[key] = merged.get(key, 0.0) + times * value
     return merged
-
-
-def excess_over(moved: Mapping[str, Num], piece: str, hidden_s: Num) -> dict[str, Num]:
-    """`moved`, with one piece reduced to what exceeds `hidden_s`."""
-    return dict(moved) | {piece: maximum(moved.get(piece, 0.0) - hidden_s, 0.0)}

@@ -24,6 +24,7 @@ from typing import Final
 
 from hwmodels.cluster import Cluster, LinkLevel
 from hwmodels.errors import InputError, UnsupportedError
+from simulator.kernel_time.collective import PCIE, over_cards
 from simulator.kernel_time.model import Conditions
 from simulator.kernel_time.predict import predict
 from simulator.network import bound_seconds
@@ -58,6 +59,9 @@ from workloads.workload import BACKWARD, FORWARD
 PORT_FRAC: Final = 0.96
 """Share of a network port's rate that NCCL's own model counts on: 12 of 12.5 GB/s at 100 Gbit/s
 (`net_100gbit` in hwmodels/data/nccl.toml: src/graph/topo.h)."""
+PCIE_PORT_FRAC: Final = 12 / 15.754
+"""Share of PCI Express that NCCL counts on for a port: 12 of the 15.754 GB/s of 16 lanes of
+generation 3 (`pcie_gen3_x16` in hwmodels/data/nccl.toml: src/graph/topo.h)."""
 NET_STEP_S: Final = 14e-6
 """A message across the network under the Simple protocol (`net_hop_ring_s`: NCCL's tuning.cc)."""
 
@@ -190,16 +194,31 @@ class Network:
         return int(ceil_div(self.num_ranks, self.per_node))
 
     def step_seconds(self, sent: Iterable[Message]) -> float:
-        """The busiest port: what leaves a rank, or comes to it, inside its node or across."""
+        """The busiest port: what leaves a rank, or comes to it, inside its node or across.
+
+        Between cards a message to one peer is as slow as the library's kernel that writes it; two
+        to different peers go at once, up to what a port of PCI Express passes.
+        """
         totals: dict[tuple[int, str, bool], float] = {}
+        pairs: dict[tuple[int, int], float] = {}
         for message in sent:
             across = message.source // self.per_node != message.target // self.per_node
+            size = float(message.num_bytes)
             for rank, way in ((message.source, "out"), (message.target, "in")):
                 key = rank, way, across
-                totals[key] = totals.get(key, 0.0) + float(message.num_bytes)
+                totals[key] = totals.get(key, 0.0) + size
+            if not across:
+                pair = message.source, message.target
+                pairs[pair] = pairs.get(pair, 0.0) + size
         largest = {a: max((b for k, b in totals.items() if k[2] == a), default=0.0)
                    for a in (False, True)}  # fmt: skip
-        return max(self.inside(largest[False]), self.across(largest[True]))
+        inside = self.inside(largest[False])
+        if over_cards(min(self.num_ranks, self.per_node), self.on.device):
+            bus = next(x for x in self.on.device.links if x.name == PCIE)
+            port = PCIE_PORT_FRAC * bus.bytes_per_s
+            one = self.inside(max(pairs.values(), default=0.0))
+            inside = max(one, min(largest[False] / port, inside))
+        return max(inside, self.across(largest[True]))
 
     def inside(self, num_bytes: float) -> float:
         """A message between neighbours of a node while all of them send."""

@@ -1,23 +1,37 @@
 """Serving at the calibrated rung: a decode step, a prefill, and the time of an output token.
 
 A pass of one rank is the list of kernels of `simulator.serving_kernels`, each timed by
-`simulator.kernel_time.predict`. With B sequences decoding on a rank, and C requests of I prompt
-and O output tokens in flight on one attention group:
+`simulator.kernel_time.predict`. With B sequences decoding on a rank, and requests of I prompt and
+O output tokens:
 
-    pass(B)  = kernels + step_s + B sequence_s
-    extra    = pass(one prompt and B) - pass(B)            an engine that mixes both in a pass
-    extra    = pass(one prompt)                            one that does not (SGLang)
-    TPOT     = pass(B) + interleave (B - 1) / O extra      aggregated
-    TPOT     = pass(B)                                     disaggregated: prompts run elsewhere
-    TTFT     = pass(one prompt and B) + pass(B) / 2        no queue: only the pass under way
+    step(B) = pass(B) + step_s + sent B sequence_s                                              (1)
+    extra   = pass(one prompt and B) - pass(B)        an engine that mixes both in a pass       (2)
+    extra   = pass(one prompt) + step_s               one that does not (SGLang)                (2')
+    TPOT    = step(B) + meets (B - 1) / O (extra + prompt_s)      aggregated                    (3)
+    TPOT    = step(B)                                 disaggregated: prompts run elsewhere      (3')
+    TTFT    = pass(one prompt and B) + step_s + launches launch_s + (1/2 + wait) step(B)        (4)
 
-Continuous batching (Yu et al., Orca, OSDI 2022) takes a prompt in whenever a request ends: while
-one request makes its O tokens, each of the B - 1 others ends once, so that all of their prompts
-fall on its steps where requests are spread evenly (`interleave` = 1), and half of them where all
-begin and end together (1/2), since a request waits for the others' before its first token.
+(3): continuous batching (Yu et al., Orca, OSDI 2022) takes a prompt in whenever a request ends.
+While one request makes its O tokens, each of the B - 1 others ends once, so that all their prompts
+fall on its steps: `meets` = 1. Where prompts run first and all requests are of one length, those
+that begin together decode together and end together, and wait for each other's prompts before
+their first token instead: a request meets half of the others on average (`meets` = 1/2). A closed
+loop of either scheduler, pass by pass, gives these shares to within 0.1 (a test holds them).
+Prompts that share a pass would meet less; times to first tokens that a calibration may use show
+that requests which end together do not come back in one pass.
 
-B = min(C, requests whose caches fit beside the weights). Left out: drafting (several tokens a
-step), the spread of lengths, the client, prompts cut into chunks, clocks that fall in long runs.
+(1): `sent` is the share of steps whose tokens hold the host up on their way to the clients: 1 where
+every token goes out at once, 1/n where n tokens go together, 0 where the engine sends them beside
+the next pass. (4): no graph replays a prompt's pass, so that the host launches it kernel by kernel;
+`wait` are steps for which the engine holds a prompt back to join it with others.
+
+Pipeline stages (pp): the B sequences go round in min(pp, B) slots, each stage busy with one slot,
+so that a step takes slots x the slowest stage, and no less than one slot needs for its way. A
+prompt occupies each stage for extra / pp.
+
+B = min(C, requests whose pages fit beside the weights): `simulator.serving_memory`. Left out:
+drafting (several tokens a step), the client, prompts cut into chunks, clocks that fall in long
+runs. Pipelines and eager decoding were compared with no published figure.
 """
 
 from __future__ import annotations
@@ -33,14 +47,24 @@ from hwmodels.dtypes import BF16
 from hwmodels.errors import InputError
 from simulator.kernel_time.model import Conditions
 from simulator.kernel_time.predict import predict
-from simulator.serving_kernels import EXPERTS, Batch, Engine, Served, forward_kernels
-from workloads.models.architecture import LatentAttention
+from simulator.serving_kernels import (
+    EXPERTS,
+    Batch,
+    Engine,
+    Kernel,
+    Served,
+    end_kernels,
+    forward_kernels,
+    send,
+)
+from simulator.serving_memory import cache_bytes, paged, weight_bytes
 from workloads.models.parameters import count_parameters
+from workloads.numeric import ceil_div
 from workloads.op import Op
 
-MEMORY_FRAC: Final = 0.9
-"""Share of device memory that engines fill: vLLM's gpu_memory_utilization and TensorRT-LLM's
-free_gpu_memory_fraction, both 0.9 by default."""
+PROMPT_TOKENS: Final = 8192
+"""Prompt tokens of one pass: the default of vLLM (max_num_batched_tokens of its server),
+TensorRT-LLM (max_num_tokens) and SGLang (chunked_prefill_size)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,58 +72,90 @@ class Host:
     """The constants of serving that no kernel's timing holds; fitted, see `FITTED_ON`.
 
     `step_s`: seconds by engine that the scheduler, sampling and the hand-over of a pass add to
-    its kernels. `sequence_s`: seconds a pass takes longer for each sequence in it (its tokens are
-    detokenised, its state updated). `interleave_mixed`, `interleave_apart`: prompts of others that
-    fall on a request's steps, per prompt that ends meanwhile, where prompts share the pass of
-    decoding sequences and where they have their own; 1 spread evenly, 1/2 in step.
+    its kernels. `sequence_s`: seconds for the token of one sequence on its way to its client
+    (detokenised, its state updated). `prompt_s`: seconds a prompt holds others up beyond its
+    kernels. `launch_s`: seconds by engine from one kernel of a prompt's first pass to the next,
+    beyond the kernels: launches from Python, hand-over, the client.
     """
 
     step_s: Mapping[str, float]
     sequence_s: float
-    interleave_mixed: float
-    interleave_apart: float
+    prompt_s: float
+    launch_s: Mapping[str, float]
 
     def step(self, engine: Engine) -> float:
         """Seconds of the host a pass; an `InputError` for an engine never fitted."""
-        if engine.name not in self.step_s:
-            raise InputError(f"no host time of {engine.name} is known; fit one")
-        return self.step_s[engine.name]
+        return _of(self.step_s, engine)
+
+    def launch(self, engine: Engine) -> float:
+        """Seconds of the host a kernel of an eager pass."""
+        return _of(self.launch_s, engine)
+
+
+def _of(values: Mapping[str, float], engine: Engine) -> float:
+    if engine.name not in values:
+        raise InputError(f"no host time of {engine.name} is known; fit one")
+    return values[engine.name]
 
 
 FITTED_ON: Final = (
-    "aiconfigurator's silicon samples (tpot_ms), aggregated, H100 and B200; `python -m "
+    "aiconfigurator's silicon samples (tpot_ms, ttft_ms), aggregated, H100 and B200; `python -m "
     "validate.serving DIR`, dense models and routed experts without drafting"
 )
 """Source of the values of `HOST`."""
 HOST: Final = Host(
-    step_s={"trtllm": 98e-6, "vllm": 0.0, "sglang": 927e-6},
-    sequence_s=3.4e-6,
-    interleave_mixed=1.07,
-    interleave_apart=0.50,
+    step_s={"trtllm": 0.0, "vllm": 62e-6, "sglang": 1.14e-3},
+    sequence_s=16e-6,
+    prompt_s=3.7e-3,
+    launch_s={"trtllm": 109e-6, "vllm": 57e-6, "sglang": 183e-6},
 )
 """The fitted constants, in seconds. An engine whose kernels alone already take what was measured is
-at 0. Beside these six values, whose kernels run, in which formats, and how tokens choose experts
-(`simulator.serving_kernels`) was settled on the same rows where no documentation did."""
+at 0: its scheduler runs beside the pass. Beside these values, whose kernels run, in which formats,
+and how tokens choose experts (`simulator.serving_kernels`) was settled on the same rows where no
+documentation did."""
+RANGES: Final[Mapping[str, tuple[float, float]]] = {"tpot": (0.84, 1.20), "ttft": (0.69, 1.78)}
+"""Measured over predicted, first and last tenth, of figures whose model was left out of the fit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
     """`concurrency` requests in flight on one attention group, each of `isl` and `osl` tokens.
 
-    `disaggregated`: prompts run elsewhere.
+    `disaggregated`: prompts run elsewhere. `together`: requests are of one length and begin
+    together; else their lengths differ about these means. `sent_frac`, `wait_steps`: as in the
+    module's docstring. `graphs`: a captured graph replays decoding passes; else they are launched
+    kernel by kernel.
     """
 
     concurrency: float
     isl: int
     osl: int
     disaggregated: bool = False
+    together: bool = False
+    sent_frac: float = 1.0
+    wait_steps: float = 0.0
+    graphs: bool = True
+
+    def __post_init__(self) -> None:
+        if not (self.concurrency >= 1 and self.isl >= 1 and self.osl >= 1):
+            raise InputError(
+                f"concurrency {self.concurrency:g}, isl {self.isl}, osl {self.osl}: none may be "
+                "below 1; give whole numbers"
+            )
+
+    @property
+    def len_context(self) -> int:
+        """Tokens in a request's cache halfway through its output."""
+        return self.isl + self.osl // 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pass:
-    """Seconds of the kernels of one pass, by part."""
+    """Seconds of the kernels of one pass by part, and how many there are; `ends_s` of its ends."""
 
     parts: tuple[tuple[str, float], ...]
+    num_kernels: float
+    ends_s: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -112,84 +168,107 @@ def _kernel_s(op: Op, device: Device, conditions: Conditions) -> float:
     return float(predict(op, on=device, conditions=conditions).seconds)
 
 
+def _seconds(served: Served, kernel: Kernel) -> float:
+    return kernel.times * _kernel_s(kernel.op, served.device, kernel.conditions)
+
+
 def forward_pass(served: Served, batch: Batch) -> Pass:
-    """Kernels alone."""
+    """Kernels alone, of all pipeline stages."""
     parts: dict[str, float] = {}
     beside: dict[str, float] = {}
+    count = 0.0
     for k in forward_kernels(served, batch):
-        seconds = k.times * _kernel_s(k.op, served.device, k.conditions)
         into = beside if k.beside else parts
-        into[k.part] = into.get(k.part, 0.0) + seconds
+        into[k.part] = into.get(k.part, 0.0) + _seconds(served, k)
+        count += k.times
     hidden = parts.get(EXPERTS, 0.0)
     parts |= {part: max(s - hidden, 0.0) for part, s in beside.items()}
-    return Pass(parts=tuple(parts.items()))
+    ends = sum(_seconds(served, k) for k in end_kernels(served, batch))
+    return Pass(parts=tuple(parts.items()), num_kernels=count, ends_s=ends)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
     """What an output token's time is made of, before the host's constants.
 
-    `batch` sequences decode on a rank in `decode_s`; `prompt_s` is the pass that takes a prompt
-    in, `extra_s` what it costs them; `prompts` are those that end meanwhile, per output token.
+    `batch` sequences decode on a rank in `decode_s`, of which `parts` are kernels; `prompt_s` is
+    the pass that takes a prompt in, of `prompt_kernels` kernels, `extra_s` what it costs the
+    sequences; `prompts` are those that fall on a request's steps, per output token.
     """
 
     engine: Engine
+    load: Load
     batch: float
     decode_s: float
-    prompt_s: float
-    extra_s: float
-    prompts: float
+    prompt_s: float = 0.0
+    extra_s: float = 0.0
+    prompts: float = 0.0
+    decode_kernels: float = 0.0
+    prompt_kernels: float = 0.0
+    parts: tuple[tuple[str, float], ...] = ()
+
+
+SCHEDULER: Final = "scheduler and hand-over"
+SENDING: Final = "tokens to their clients"
+PROMPTS: Final = "prompts of others"
+LAUNCHES: Final = "launches that no kernel hides"
+STAGES: Final = "pipeline stages that wait"
+LAUNCHING: Final = "launching a prompt's pass, its way in and out"
+
+
+def tpot_parts(t: Terms, host: Host = HOST) -> dict[str, float]:
+    """Where the seconds of an output token go; they add up to `tpot_s`."""
+    step, own = host.step(t.engine), sum(s for _, s in t.parts)
+    extra = t.extra_s + host.prompt_s + (0.0 if t.engine.mixes else step)
+    parts = dict(t.parts)
+    parts[STAGES] = t.decode_s - own if t.parts else 0.0
+    if not t.parts:
+        parts["kernels"] = t.decode_s
+    parts[LAUNCHES] = _unhidden_s(t, host)
+    parts[SCHEDULER] = step
+    parts[SENDING] = t.load.sent_frac * t.batch * host.sequence_s
+    parts[PROMPTS] = t.prompts * extra
+    return {name: s for name, s in parts.items() if s > 0}
+
+
+def _unhidden_s(t: Terms, host: Host) -> float:
+    """What launching an eager decoding pass takes longer than its kernels."""
+    if t.load.graphs:
+        return 0.0
+    return max(t.decode_kernels * host.launch(t.engine) - t.decode_s, 0.0)
+
+
+def step_s(t: Terms, host: Host = HOST) -> float:
+    """Seconds of a decoding step that takes no prompt in."""
+    sent = t.load.sent_frac * t.batch * host.sequence_s
+    return t.decode_s + _unhidden_s(t, host) + host.step(t.engine) + sent
 
 
 def tpot_s(t: Terms, host: Host = HOST) -> float:
-    """Seconds of an output token, as the client sees them."""
-    step = host.step(t.engine)
-    decode = t.decode_s + step + t.batch * host.sequence_s
-    if t.engine.mixes:
-        return decode + host.interleave_mixed * t.prompts * t.extra_s
-    return decode + host.interleave_apart * t.prompts * (t.extra_s + step)
+    """Seconds of an output token, as the client sees them: (3)."""
+    extra = t.extra_s + host.prompt_s + (0.0 if t.engine.mixes else host.step(t.engine))
+    return step_s(t, host) + t.prompts * extra
 
 
 def ttft_s(t: Terms, host: Host = HOST) -> float:
-    """Seconds to the first token of a request that waits for no other prompt."""
-    step = host.step(t.engine)
-    under_way = t.decode_s + step + t.batch * host.sequence_s
-    return t.prompt_s + step + under_way / 2
+    """Seconds to the first token of a request that waits for no other prompt: (4)."""
+    return sum(ttft_parts(t, host).values())
+
+
+def ttft_parts(t: Terms, host: Host = HOST) -> dict[str, float]:
+    """Where the seconds before a first token go."""
+    return {
+        "its prompt's pass": t.prompt_s,
+        LAUNCHING: t.prompt_kernels * host.launch(t.engine),
+        SCHEDULER: host.step(t.engine),
+        "the step under way": step_s(t, host) / 2,
+        "held back to join others": t.load.wait_steps * step_s(t, host),
+    }
 
 
 def capacity(served: Served, load: Load) -> float:
-    """Requests whose caches fit on one attention group beside the weights of a rank.
-
-        (share x capacity - weights) / (bytes of a token's cache x mean length)
-
-    with the mean length I + O / 2 of a request in flight. Windowed layers keep the window.
-    """
-    room = MEMORY_FRAC * served.device.hbm.capacity_bytes - weight_bytes(served)
-    if room <= 0:
-        raise InputError("the weights do not fit the device; give more ranks or a wider layout")
-    return room / cache_bytes(served, load.isl + load.osl / 2)
-
-
-def cache_bytes(served: Served, length: float) -> float:
-    """Bytes of one request's cache on one rank."""
-    cfg, element = served.config, served.formats.cache.bytes_per_element
-    a = cfg.attention
-    if isinstance(a, LatentAttention):
-        return cfg.num_layers * a.latent_dim * length * element
-    windowed = cfg.num_windowed_layers if cfg.window else 0
-    rows = (cfg.num_layers - windowed) * length + windowed * min(cfg.window or 0, length)
-    kv_heads = -(-a.num_kv_heads // served.layout.tp)
-    return 2 * kv_heads * a.head_dim * rows * element
-
-
-def weight_bytes(served: Served) -> float:
-    """Bytes of one rank's weights: the parts of the model in their formats, split as laid out."""
-    count, split, formats = count_parameters(served.config), served.layout, served.formats
-    mlp = (count.mlp + count.shared_experts) * formats.mlp.stored.bytes_per_element
-    heads = count.attention * formats.attention.stored.bytes_per_element
-    ends = (count.embedding_and_head + count.router) * BF16.bytes_per_element
-    experts = count.experts * formats.experts.stored.bytes_per_element
-    return (mlp + heads + ends) / split.tp + experts / (split.moe_tp * split.moe_ep)
+    """Requests of mean length whose pages fit on one attention group beside a rank's weights."""
+    return paged(served, isl=load.isl, osl=load.osl).most_requests
 
 
 def least_s(served: Served, load: Load) -> float:
@@ -200,9 +279,10 @@ def least_s(served: Served, load: Load) -> float:
     if moe is not None:
         held = count_parameters(served.config).experts * formats.experts.stored.bytes_per_element
         missed = (1 - moe.num_active / moe.num_experts) ** (batch * split.attn_dp)
-        read -= missed * held / (split.moe_tp * split.moe_ep)
-    table = served.config.vocab_size * served.config.hidden_dim * BF16.bytes_per_element
-    read -= table / split.tp  # the embedding is looked up, not read
+        read -= missed * held / (split.moe_tp * split.moe_ep * split.pp)
+    if split.pp == 1:  # the embedding is looked up, not read
+        table = served.config.vocab_size * served.config.hidden_dim * BF16.bytes_per_element
+        read -= table / split.tp
     read += batch * cache_bytes(served, load.isl + load.osl / 2)
     bandwidth = served.device.hbm.bytes_per_s
     if bandwidth is None:
@@ -215,19 +295,35 @@ def terms(served: Served, load: Load) -> Terms:
     batch = float(math.floor(min(load.concurrency, capacity(served, load))))
     if batch < 1:
         raise InputError("not one request's cache fits; give more ranks or shorter requests")
-    decoding = Batch(num_decoding=batch, len_context=load.isl + load.osl / 2)
-    mixed = replace(decoding, num_prompts=1, len_prompt=load.isl)
-    engine, decode_s = served.engine, forward_pass(served, decoding).seconds
+    engine, stages = served.engine, served.layout.pp
+    slots = min(stages, batch)
+    decoding = Batch(num_decoding=math.ceil(batch / slots), len_context=load.len_context)
+    decode = forward_pass(served, decoding)
+    found = Terms(engine=engine, load=load, batch=batch, parts=decode.parts,
+                  decode_s=round_s(served, decode, decoding, slots),
+                  decode_kernels=slots * decode.num_kernels)  # fmt: skip
     if load.disaggregated:
-        return Terms(engine=engine, batch=batch, decode_s=decode_s, prompt_s=0.0, extra_s=0.0,
-                     prompts=0.0)  # fmt: skip
-    prompt = mixed if engine.mixes else Batch(num_prompts=1, len_prompt=load.isl)
-    prompt_s = forward_pass(served, prompt).seconds
-    return Terms(
-        engine=engine,
-        batch=batch,
-        decode_s=decode_s,
-        prompt_s=prompt_s,
-        extra_s=prompt_s - decode_s if engine.mixes else prompt_s,
-        prompts=(batch - 1) / load.osl,
+        return found
+    alone = Batch(num_prompts=1, len_prompt=load.isl)
+    mixed = replace(decoding, num_prompts=1, len_prompt=load.isl)
+    prompt = forward_pass(served, mixed if engine.mixes else alone)
+    extra = prompt.seconds - decode.seconds if engine.mixes else prompt.seconds
+    meets = 0.5 if load.together and not engine.mixes else 1.0
+    return replace(
+        found,
+        prompt_s=prompt.seconds,
+        extra_s=extra / stages,
+        prompts=meets * (batch - 1) / load.osl,
+        prompt_kernels=prompt.num_kernels,
     )
+
+
+def round_s(served: Served, decode: Pass, batch: Batch, slots: float) -> float:
+    """Seconds in which every slot of a pipeline has advanced by one token."""
+    stages, layers = served.layout.pp, served.config.num_layers
+    if stages == 1:
+        return decode.seconds
+    hops = stages * _seconds(served, send(served, batch.num_tokens))
+    share = int(ceil_div(layers, stages)) / layers
+    slowest = (decode.seconds - decode.ends_s) * share + decode.ends_s
+    return max(decode.seconds + hops, slots * slowest)

@@ -12,7 +12,8 @@ Latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1) goes down to its l
 the absorbed form (two batched products beside it) and takes prompts expanded. Tensor parallel
 ranks split heads, widths and the vocabulary; key heads are copied where there are more ranks.
 What differs between engines are facts in `ENGINES`: which kernel serves attention, whether
-rotation is fused into it and norms into the all-reduce.
+rotation is fused into it and norms into the all-reduce. Pipeline stages share out the layers: the
+list is that of all stages together.
 
 Weights come from device memory, activations from the L2. Left out: biases, masks, the
 bookkeeping of the batch (the host's share: `simulator.serving`).
@@ -62,7 +63,8 @@ class Engine:
     """Facts of a serving engine; kernel names by the major number of the compute capability.
 
     `fuses_rotation`: rotation and cache write are part of the attention kernel. `fuses_norms`:
-    the all-reduce adds the residual and normalises. `fuses_quantisers`: formats into which the
+    where the all-reduce adds the residual and normalises. `page_tokens`: tokens of a page of the
+    cache. `fuses_quantisers`: formats into which the
     kernel before a product quantises. `mixes`: prompts share a pass with decoding sequences.
     `blockwise`: whose kernels multiply blockwise fp8, where not the engine's own.
     """
@@ -74,7 +76,8 @@ class Engine:
     latent_decode: Mapping[str, str]
     latent_prefill: Mapping[str, str]
     fuses_rotation: bool
-    fuses_norms: bool
+    fuses_norms: tuple[str, ...]
+    page_tokens: int
     fuses_quantisers: tuple[DType, ...]
     mixes: bool
     blockwise: Mapping[str, str] = field(default_factory=dict)
@@ -89,7 +92,8 @@ ENGINES: Final[Mapping[str, Engine]] = {
         latent_decode={"9": "trtllm-mla", "10": "trtllm-gen-mla"},
         latent_prefill={"9": "trtllm", "10": "trtllm-gen"},
         fuses_rotation=True,
-        fuses_norms=True,
+        fuses_norms=("8", "9", "10", "12"),
+        page_tokens=32,
         fuses_quantisers=(FP8, NVFP4),
         mixes=True,
     ),
@@ -101,7 +105,8 @@ ENGINES: Final[Mapping[str, Engine]] = {
         latent_decode={"9": "flashmla", "10": "flashmla"},
         latent_prefill={"9": "fa3-latent", "10": "trtllm-gen"},
         fuses_rotation=False,
-        fuses_norms=False,
+        fuses_norms=("10",),
+        page_tokens=16,
         fuses_quantisers=(FP8,),
         mixes=True,
     ),
@@ -113,23 +118,28 @@ ENGINES: Final[Mapping[str, Engine]] = {
         latent_decode={"9": "fa3-mla", "10": "trtllm-gen-mla"},
         latent_prefill={"9": "fa3", "10": "trtllm-gen"},
         fuses_rotation=False,
-        fuses_norms=False,
+        fuses_norms=("10",),
+        page_tokens=1,
         fuses_quantisers=(FP8,),
         mixes=False,
         blockwise={"10": "trtllm"},
     ),
 }
 """Attention kernels: what the published kernel timings of each engine name on that architecture.
-`fuses_norms` is TensorRT-LLM's AllReduceFusionOp, `mixes` SGLang's scheduler, which runs prompts
-first. Not documented but settled on serving rows that a calibration may use: `fuses_quantisers`
-(with a quantiser of its own before every product, steps of fp8 models came out up to a quarter too
-long) and `blockwise` (SGLang's own blockwise products on Blackwell came out a third too long)."""
+`fuses_norms` is TensorRT-LLM's AllReduceFusionOp and, on Blackwell, FlashInfer's as the published
+benchmarks switch it on (InferenceX, benchmarks/70b_fp8_b200_docker.sh `enable_fi_allreduce_fusion`,
+dsr1_fp8_b200.sh `--enable-flashinfer-allreduce-fusion`); `mixes` SGLang's scheduler, which runs
+prompts first. `page_tokens` are defaults: vLLM's block_size, TensorRT-LLM's tokens_per_block,
+SGLang's page_size. Not documented but settled on serving rows that a calibration may use:
+`fuses_quantisers` (with a quantiser of its own before every product, steps of fp8 models came out
+up to a quarter too long) and `blockwise` (SGLang's own blockwise products on Blackwell came out a
+third too long)."""
 
 
 def engine(name: str) -> Engine:
     """The engine of that name."""
     if name not in ENGINES:
-        raise UnknownNameError("serving engine", name, ENGINES)
+        raise UnknownNameError("serving engine", name, ENGINES, "one of " + ", ".join(ENGINES))
     return ENGINES[name]
 
 
@@ -167,21 +177,30 @@ class Formats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """Ranks of one engine: tp of attention, replicas of attention, tp and ep of routed experts."""
+    """Ranks of one engine: tp of attention, replicas of attention, tp and ep of routed experts.
+
+    `pp` stages of so many ranks each share out the layers.
+    """
 
     tp: int = 1
     attn_dp: int = 1
     moe_tp: int = 1
     moe_ep: int = 1
+    pp: int = 1
 
     def __post_init__(self) -> None:
-        if min(self.tp, self.attn_dp, self.moe_tp, self.moe_ep) < 1:
+        if min(self.tp, self.attn_dp, self.moe_tp, self.moe_ep, self.pp) < 1:
             raise InputError("a degree of parallelism is below 1; give whole numbers from 1")
 
     @property
     def num_ranks(self) -> int:
-        """GPUs of one engine."""
+        """GPUs of one pipeline stage."""
         return self.tp * self.attn_dp
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs of one engine."""
+        return self.num_ranks * self.pp
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,6 +230,8 @@ class Served:
             raise InputError(
                 "the experts' tp times ep is not the number of ranks; give degrees that agree"
             )
+        if split.pp > cfg.num_layers:
+            raise InputError(f"{split.pp} stages are more than {cfg.num_layers} layers; give fewer")
         if cfg.moe and cfg.moe.num_experts % split.moe_ep:
             raise InputError(f"{split.moe_ep} ranks do not divide the experts; give a divisor")
 
@@ -522,7 +543,7 @@ def _shard(size: int, tp: int) -> int:
 
 
 def _norm(served: Served, tokens: float) -> Iterator[Kernel]:
-    if served.engine.fuses_norms and served.layout.tp > 1:
+    if served.major in served.engine.fuses_norms and served.layout.tp > 1:
         return
     yield _small("norm", RmsNorm(rows=tokens, cols=served.config.hidden_dim, residual=True))
 
@@ -583,3 +604,9 @@ def _library(served: Served, kind: str, num_bytes: float, num_ranks: int) -> Ker
         raise UnsupportedError(f"{served.device.id} has no link; give its spec file one")
     return Kernel(part="all-reduce" if kind == "all_reduce" else kind, op=op, times=1,
                   conditions=Conditions(kernel="nccl"))  # fmt: skip
+
+
+def send(served: Served, tokens: float) -> Kernel:
+    """The hidden state of a slot on its way to the next pipeline stage."""
+    size = tokens * served.config.hidden_dim * BF16.bytes_per_element
+    return _library(served, "send_recv", size, 2)

@@ -9,11 +9,16 @@ context- and data-parallel ones. Streams of stage s:
     reduce s   gradients, a layer at a time: ZeRO 2 and 3 after every backward pass, else the last
                of a part; both share the network port
     link s-t   activations and gradients between stages
+    host       the next batch is read; the next step cannot begin before it is there
 
 Under ZeRO 3 a gather runs ahead by one layer; weights that stay are gathered as soon as the step
 begins. Exchange beside passes takes the share `exposed` of the
-processors from them (`simulator.stack`), so both are slowed while both run. Tensor-, context- and
+processors from them (`simulator.stack`) while it keeps a device's own links busy, so both are
+slowed while both run. Passes are those of the slowest node (`jitter`). Tensor-, context- and
 expert-parallel collectives are part of the pass that waits for them.
+
+A faster network can lengthen a pipelined step by a little: exchange that fell into a stage's idle
+time then runs beside its last passes, which the stages before wait for.
 
 Where stages are equal and sends free, bubbles are the schedules' closed forms (`schedule`); the
 analytic step (`simulator.step`) is this timeline without its starts and ends: they agree within the
@@ -22,13 +27,16 @@ exchange of the layers that nothing can run beside.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
+
+import numpy as np
 
 from hwmodels.cluster import Cluster
 from hwmodels.errors import InputError
 from simulator.engine import NONE, Task, Timeline, run
+from simulator.felt_exchange import wait_share
 from simulator.pieces import send_seconds, total_seconds
 from simulator.pipeline import gives, in_order, needs, pass_name
 from simulator.recipe import Recipe
@@ -44,8 +52,14 @@ from simulator.schedule import (
     Schedule,
     schedule,
 )
-from simulator.stack import OnDevice
-from simulator.step import data_seconds, layer_times, optimizer_seconds
+from simulator.stack import SERIAL, OnDevice
+from simulator.step import (
+    DataExchange,
+    busy_frac,
+    data_exchange,
+    layer_times,
+    optimizer_seconds,
+)
 from workloads.models.transformer import TrainStep
 from workloads.numeric import ceil_div
 from workloads.plan import Plan, Recompute
@@ -53,8 +67,10 @@ from workloads.workload import BACKWARD as BACKWARD_PHASE
 from workloads.workload import FORWARD as FORWARD_PHASE
 from workloads.workload import Node
 
-COMPUTE, SEND, GATHER, REDUCE, UPDATE = "compute", "send", "gather", "reduce", "update"
-KINDS: Final = (COMPUTE, SEND, GATHER, REDUCE, UPDATE)
+COMPUTE, SEND, GATHER, REDUCE, UPDATE, LOAD = (
+    "compute", "send", "gather", "reduce", "update", "load",
+)  # fmt: skip
+KINDS: Final = (COMPUTE, SEND, GATHER, REDUCE, UPDATE, LOAD)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +78,8 @@ class LayerSeconds:
     """Seconds of one layer and of the ends for a micro-batch, exchange that waits included.
 
     `input_grad` and `weight_grad` add up to the backward pass, what is computed again in the
-    first. `embedding` and `head` are (forward, backward).
+    first. `embedding` and `head` are (forward, backward). `felt` is the share of the processors
+    that exchange beside passes takes from them; where exchange is `serial`, there is none beside.
     """
 
     forward: float
@@ -74,6 +91,8 @@ class LayerSeconds:
     reduce: float
     send: float
     update: float
+    felt: float = 0.0
+    serial: bool = False
 
 
 class PassRun(NamedTuple):
@@ -137,12 +156,35 @@ def simulate_training(
     recipe: Recipe,
     stack: OnDevice | None = None,
     schedule_name: str | None = None,
+    loading_s: float = 0.0,
 ) -> StepTimeline:
     """One step under one plan; raises `InputError` where the schedule has no such numbers.
 
     Without a `stack` kernels are at the bound rung. `schedule_name` defaults to 1F1B, interleaved
-    where the plan has more than one chunk a stage.
+    where the plan has more than one chunk a stage. `loading_s` is what the host takes to read a
+    batch, one step ahead.
     """
+    if not 0 <= loading_s < float("inf"):
+        raise InputError(f"a batch is loaded in {loading_s:g} s; give a number of seconds from 0")
+    layers = layer_seconds(step, plan=plan, on=on, recipe=recipe, stack=stack)
+    held = _stage_layers(step, plan)
+    return simulate_stages(
+        step, [layers] * len(held), held, plan=plan, stack=stack, schedule_name=schedule_name,
+        loading_s=loading_s,
+    )  # fmt: skip
+
+
+def simulate_stages(
+    step: TrainStep,
+    layers: Sequence[LayerSeconds],
+    held: Sequence[float],
+    *,
+    plan: Plan,
+    stack: OnDevice | None = None,
+    schedule_name: str | None = None,
+    loading_s: float = 0.0,
+) -> StepTimeline:
+    """The same with stages that differ: the mean layer of each, and how many it holds."""
     num_micro = float(plan.num_micro_batches(step.global_batch))
     if num_micro != int(num_micro):
         raise InputError(
@@ -154,12 +196,12 @@ def simulate_training(
         schedule_name or (INTERLEAVED if chunks > 1 else ONE_F_ONE_B),
         num_stages=int(plan.pp), num_micro_batches=int(num_micro), num_chunks=chunks,
     )  # fmt: skip
-    layers = layer_seconds(step, plan=plan, on=on, recipe=recipe, stack=stack)
-    share = 0.0 if stack is None else min(stack.factors.exposed, 1.0)
-    built = _Tasks(chosen, layers, _stage_layers(step, plan), int(plan.zero_stage), share)
+    built = _Tasks(chosen, tuple(layers), tuple(held), int(plan.zero_stage), layers[0].felt)
     tasks = built.all()
+    if loading_s > 0:
+        tasks.append(Task(name="load the next batch", stream="host", seconds=loading_s, kind=LOAD))
     return StepTimeline(
-        plan=plan, schedule=chosen, timeline=run(tasks), layers=layers,
+        plan=plan, schedule=chosen, timeline=run(tasks), layers=layers[0],
         stage_layers=built.stage_layers, passes=tuple(built.passes),
     )  # fmt: skip
 
@@ -173,6 +215,7 @@ def layer_seconds(
     stack: OnDevice | None = None,
 ) -> LayerSeconds:
     """What the tasks last: the analytic step's own kernels and collectives, for one plan."""
+    recipe = recipe if stack is None else stack.stack.exchanged(recipe)
     times = layer_times(step, plan=plan, on=on, recipe=recipe, stack=stack)
     again = float(plan.recompute == Recompute.FULL)
     some = float(plan.recompute == Recompute.SELECTIVE)
@@ -180,22 +223,41 @@ def layer_seconds(
                for e in (times.exposed_forward, times.exposed_backward)]  # fmt: skip
     forward = float(times.forward.lower_s) + exposed[0]
     backward = float(times.backward.lower_s) + exposed[1]
-    backward += again * forward + some * float(times.selective.lower_s)
+    backward += again * float(times.full.seconds) + some * float(times.selective.seconds)
     weight_grad = _weight_grad_s(step, plan, on, recipe, stack)
-    reduce_s, gather_s = data_seconds(step.config, plan, on, recipe)
+    real = stack is not None
+    moved = data_exchange(step.config, plan, on, recipe, calibrated=real)
     most = float(ceil_div(step.config.num_layers, plan.pp))
     gap = stack.factors.layer_s if stack else 0.0
+    head = _ends_s(step, plan, on, recipe, stack, embedding=False)
+    # A node that is slower than the others is so in all it computes.
+    slow = 1.0 + (float(wait_share(plan, on, stack)) if stack else 0.0)
+    first = _ends_s(step, plan, on, recipe, stack, embedding=True)
     return LayerSeconds(
-        forward=forward + gap,
-        input_grad=backward - weight_grad,
-        weight_grad=weight_grad,
-        embedding=_ends_s(step, plan, on, recipe, stack, embedding=True),
-        head=_ends_s(step, plan, on, recipe, stack, embedding=False),
-        gather=float(gather_s) / most,
-        reduce=float(reduce_s) / most,
-        send=float(send_seconds(step.config, step.len_seq, plan, on, recipe)),
-        update=float(optimizer_seconds(step.config, plan, on, recipe, stack).lower_s),
+        forward=slow * (forward + gap),
+        input_grad=slow * (backward - weight_grad),
+        weight_grad=slow * weight_grad,
+        embedding=(slow * first[0], slow * first[1]),
+        head=(
+            slow * (head[0] + float(times.mtp[0].lower_s)),
+            slow * (head[1] + float(times.mtp[1].lower_s)),
+        ),
+        gather=float(moved.gather_s) / most,
+        reduce=float(moved.reduce_s) / most,
+        send=float(send_seconds(step.config, step.len_seq, plan, on, recipe, calibrated=real)),
+        update=slow * float(optimizer_seconds(step.config, plan, on, recipe, stack).lower_s),
+        felt=_felt(step, plan, moved, on, stack),
+        serial=bool(stack and stack.stack.exposed == SERIAL and np.all(plan.zero_stage <= 1)),
     )
+
+
+def _felt(
+    step: TrainStep, plan: Plan, moved: DataExchange, on: Cluster, stack: OnDevice | None
+) -> float:
+    """Share of the processors that exchange takes while it runs."""
+    if stack is None:
+        return 0.0
+    return min(stack.factors.exposed, 1.0) * float(busy_frac(step, plan, moved, on, stack))
 
 
 def _weight_grad_s(
@@ -206,7 +268,7 @@ def _weight_grad_s(
     fused = stack is None or stack.stack.fused_attention
     total = 0.0
     for kind, count in cfg.kinds.items():
-        nodes = step.layer(kind, plan, dtype=recipe.dtype, fused=fused)
+        nodes = recipe.layer(step, kind, plan, on=on.device, fused=fused)
         own = [n for n in nodes if n.name.endswith(".wgrad")]
         share = count / cfg.num_layers
         total += share * float(total_seconds(own, on=on.device, stack=stack).lower_s)
@@ -253,7 +315,7 @@ class _Tasks:
     def __init__(
         self,
         plan: Schedule,
-        layers: LayerSeconds,
+        layers: tuple[LayerSeconds, ...],
         stage_layers: tuple[float, ...],
         zero_stage: int,
         share: float,
@@ -264,20 +326,38 @@ class _Tasks:
         self.passes: list[PassRun] = []
         self.done: dict[tuple[str, int, int], int] = {}
         self.last_reduce: dict[int, int] = {}
+        self.last_pass: dict[int, int] = {}
         self.seen: dict[tuple[int, str, int], int] = {}
 
     def all(self) -> list[Task]:
         """Passes in the schedule's order, then the updates."""
+        stages = range(self.plan.num_stages)
+        gathered = {s: (self._serial(s, GATHER, ()),) for s in stages if self._is_serial(s, GATHER)}
         for stage, _, p in in_order(self.plan):
-            after = tuple(self._received(stage, p))
+            after = (*self._received(stage, p), *gathered.pop(stage, ()))
             first, end = self._pass(stage, p, after)
             self.passes.append(PassRun(stage, p.kind, p.micro_batch, p.chunk, first, end))
             for key in gives(self.plan, stage, p):
                 self.done[key] = end
-        for stage in range(self.plan.num_stages):
+            self.last_pass[stage] = end
+        for stage in stages:
+            if self._is_serial(stage, REDUCE):
+                after = (self.last_pass[stage],)
+                self.last_reduce[stage] = self._serial(stage, REDUCE, after)
             waits = (self.last_reduce[stage],) if stage in self.last_reduce else ()
-            self._add("optimizer", f"stage {stage}", self.layers.update, waits, UPDATE)
+            self._add("optimizer", f"stage {stage}", self.layers[stage].update, waits, UPDATE)
         return self.tasks
+
+    def _is_serial(self, stage: int, kind: str) -> bool:
+        """Does the stage exchange all its layers at once, beside nothing?"""
+        t = self.layers[stage]
+        wanted = t.reduce > 0 if kind == REDUCE else t.gather > 0 and self.zero_stage >= 1
+        return t.serial and wanted
+
+    def _serial(self, stage: int, kind: str, after: tuple[int, ...]) -> int:
+        t = self.layers[stage]
+        seconds = (t.reduce if kind == REDUCE else t.gather) * self.stage_layers[stage]
+        return self._add(f"{kind} all", f"{kind} {stage}", seconds, after, kind)
 
     def _add(
         self, name: str, stream: str, seconds: float, after: tuple[int, ...], kind: str,
@@ -291,9 +371,11 @@ class _Tasks:
         """What the pass waits for; what comes from another stage is sent first."""
         for key, sender in needs(self.plan, stage, p):
             cause = self.done[key]
-            if sender != stage and self.layers.send > 0:
+            if sender != stage and self.layers[stage].send > 0:
                 name = f"send {key[0]}{key[2]}"
-                cause = self._add(name, f"link {sender}-{stage}", self.layers.send, (cause,), SEND)
+                cause = self._add(
+                    name, f"link {sender}-{stage}", self.layers[stage].send, (cause,), SEND
+                )
             yield cause
 
     def _pass(self, stage: int, p: Pass, after: tuple[int, ...]) -> tuple[int, int]:
@@ -319,7 +401,7 @@ class _Tasks:
                     self._data(
                         f"gather {pass_name(p)}.{i}",
                         stage,
-                        self.layers.gather * whole / num,
+                        self.layers[stage].gather * whole / num,
                         ahead,
                         GATHER,
                     ),
@@ -332,8 +414,8 @@ class _Tasks:
             first = end if first == NONE else first
             if reduces:
                 self.last_reduce[stage] = self._data(
-                    f"reduce {pass_name(p)}.{i}", stage, self.layers.reduce * whole / num, (end,),
-                    REDUCE,
+                    f"reduce {pass_name(p)}.{i}", stage,
+                    self.layers[stage].reduce * whole / num, (end,), REDUCE,
                 )  # fmt: skip
         return first, end
 
@@ -350,7 +432,7 @@ class _Tasks:
 
     def _seconds(self, stage: int, p: Pass) -> tuple[float, float]:
         """Seconds of a layer of the pass, and of the ends it has beside its layers."""
-        t, part = self.layers, self.plan.parts[p.chunk][stage]
+        t, part = self.layers[stage], self.plan.parts[p.chunk][stage]
         backward = t.input_grad + t.weight_grad
         per_layer = {
             FORWARD: t.forward, BACKWARD: backward, INPUT_GRAD: t.input_grad,
@@ -369,6 +451,8 @@ class _Tasks:
     def _exchange(self, stage: int, p: Pass) -> tuple[bool, bool]:
         """Does the pass gather weights, does it reduce gradients?"""
         gathers = reduces = False
+        if self.layers[stage].serial:
+            return gathers, reduces
         for kind, chunk in _halves(p):
             last = {FORWARD: FORWARD, WEIGHT_GRAD: WEIGHT_GRAD}.get(kind, BACKWARD)
             count = self.seen.get((stage, last, chunk), 0) + 1
@@ -378,7 +462,7 @@ class _Tasks:
             elif kind != WEIGHT_GRAD:
                 gathers |= self.zero_stage >= 3
                 reduces |= self.zero_stage >= 2 or count == self._micro_batches()
-        return gathers and self.layers.gather > 0, reduces and self.layers.reduce > 0
+        return gathers and self.layers[stage].gather > 0, reduces and self.layers[stage].reduce > 0
 
     def _micro_batches(self) -> int:
         """Micro-batches that pass a part (half of them each way under dualpipe)."""

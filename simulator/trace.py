@@ -2,32 +2,26 @@
 
 Every stage is a process, every stream of it a thread; what one stage sends another is a flow from
 the pass that made it to the pass that waits for it. Times are microseconds (Trace Event Format,
-Google, 2016: phases X, s, f, M, C). A counter per stage shows the micro-batches in flight, times
-`bytes_in_flight` where given: the activations they hold.
+Google, 2016: phases X, s, f, M, C). A counter per stage shows its live bytes
+(`simulator.step_memory`).
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from simulator.engine import Task, Timeline
-from simulator.schedule import BACKWARD, BOTH, FORWARD, WEIGHT_GRAD
+from simulator.step_memory import StageMemory
 from simulator.timeline import SEND, StepTimeline
 
 MICRO = 1e6
 
 
-def trace_events(found: StepTimeline, *, bytes_in_flight: float = 0.0) -> dict[str, Any]:
-    """The document: {"traceEvents": [...], "displayTimeUnit": "ms"}.
-
-    `bytes_in_flight`: activations that one micro-batch holds on a stage.
-    """
+def trace_events(found: StepTimeline, *, memory: Iterable[StageMemory] = ()) -> dict[str, Any]:
+    """The document: {"traceEvents": [...], "displayTimeUnit": "ms"}."""
     line = found.timeline
-    events = [*_names(line.tasks), *_slices(line), *_flows(line)]
-    if bytes_in_flight > 0:
-        events += _in_flight(found, bytes_in_flight)
+    events = [*_names(line.tasks), *_slices(line), *_flows(line), *_counters(memory)]
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
@@ -83,18 +77,9 @@ def _flows(line: Timeline) -> Iterator[dict[str, Any]]:
                        **({"bp": "e"} if phase == "f" else {})}  # fmt: skip
 
 
-def _in_flight(found: StepTimeline, bytes_each: float) -> Iterator[dict[str, Any]]:
-    """Bytes that the micro-batches of a stage hold, whenever that changes."""
-    line = found.timeline
-    changes: dict[int, list[tuple[float, int]]] = defaultdict(list)
-    for done in found.passes:
-        if done.kind in (FORWARD, BOTH):
-            changes[done.stage].append((float(line.start_s[done.first]), 1))
-        if done.kind in (BACKWARD, BOTH, WEIGHT_GRAD):
-            changes[done.stage].append((float(line.end_s[done.last]), -1))
-    for stage, own in sorted(changes.items()):
-        held = 0
-        for when, change in sorted(own):
-            held += change
-            yield {"ph": "C", "name": "activations", "pid": stage, "tid": 0, "ts": when * MICRO,
-                   "args": {"bytes": held * bytes_each}}  # fmt: skip
+def _counters(stages: Iterable[StageMemory]) -> Iterator[dict[str, Any]]:
+    """Live bytes of every stage, whenever they change."""
+    for own in stages:
+        for when, live in zip(own.when_s.tolist(), own.live_bytes.tolist(), strict=True):
+            yield {"ph": "C", "name": "memory", "pid": own.stage, "tid": 0, "ts": when * MICRO,
+                   "args": {"bytes": live}}  # fmt: skip

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Final
 
@@ -77,15 +77,21 @@ node (table '4k seq, 2 IB' of FlexSP's solver, PKU-DAIR/Hetu-Galvatron, branch f
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LengthDistribution:
-    """Lognormal lengths: `median` tokens, `sigma` of their logarithm, and where both come from."""
+    """Lognormal lengths: `median` tokens, `sigma` of their logarithm, and where both come from.
+
+    `tail`: (length, share of the tokens in sequences at least as long), ascending; from the first
+    length on these hold instead of the lognormal, tokens evenly over the logarithm of the length
+    from one to the next, and the last share in sequences of that very length.
+    """
 
     name: str
     median: float
     sigma: float
     source: str
+    tail: tuple[tuple[float, float], ...] = ()
 
     def below_frac(self, length: float) -> float:
-        """Share of the sequences shorter than `length`.
+        """Share of the sequences of the lognormal shorter than `length`.
 
         >>> lengths("wikipedia").below_frac(8192)
         0.96
@@ -108,12 +114,42 @@ class LengthDistribution:
                 "one sequence and a limit of at least one multiple"
             )
         rng = np.random.default_rng(seed)
-        top = ndtr(math.log(limit // multiple * multiple / self.median) / self.sigma)
-        quantiles = ndtri(rng.uniform(0.0, top, num))
-        drawn = np.exp(math.log(self.median) + self.sigma * quantiles)
+        most = limit // multiple * multiple
+        drawn = self._body(rng, num, min(most, self.tail[0][0] if self.tail else most))
+        if self.tail:
+            drawn = self._with_tail(rng, drawn, most)
         padded = np.ceil(np.maximum(drawn, 1.0) / multiple).astype(np.int64) * multiple
         held: Ints = np.minimum(padded, limit // multiple * multiple)
         return held
+
+    def _body(self, rng: np.random.Generator, num: int, most: float) -> Floats:
+        """Lengths of the lognormal up to `most`."""
+        top = ndtr(math.log(most / self.median) / self.sigma)
+        quantiles = ndtri(rng.uniform(0.0, top, num))
+        return np.asarray(np.exp(math.log(self.median) + self.sigma * quantiles))
+
+    def _with_tail(self, rng: np.random.Generator, body: Floats, most: float) -> Floats:
+        """Some of the body's lengths replaced by ones of the tail, none beyond `most`.
+
+        A share of the tokens spread over ln(length) from a to b is share (1/a - 1/b) / ln(b/a) of
+        the sequences for one token of all, with a density of 1 / length squared.
+        """
+        start = self.tail[0][0]
+        z = math.log(start / self.median) / self.sigma
+        mean = math.exp(math.log(self.median) + self.sigma**2 / 2) * ndtr(z - self.sigma) / ndtr(z)
+        weights = [(1 - self.tail[0][1]) / mean]
+        ends = [*self.tail[1:], (self.tail[-1][0], 0.0)]
+        spans = [(a, b, share - beyond)
+                 for (a, share), (b, beyond) in zip(self.tail, ends, strict=True)]  # fmt: skip
+        for a, b, share in spans:
+            inside = (1 / a - 1 / min(b, most)) / math.log(b / a) if a < b else 1 / a
+            weights.append(share * inside if a < most or a == b == most else 0.0)
+        chosen = rng.choice(len(weights), size=len(body), p=np.array(weights) / sum(weights))
+        drawn = body.copy()
+        for k, (a, b, _) in enumerate(spans, 1):
+            here = np.flatnonzero(chosen == k)
+            drawn[here] = 1 / (1 / a - rng.uniform(size=len(here)) * (1 / a - 1 / min(b, most)))
+        return drawn
 
 
 def _tokens_above(log_median: float, sigma: float, length: float, limit: float) -> float:
@@ -157,9 +193,15 @@ def from_shares(
 LEAST_SIGMA, MOST_SIGMA = 0.2, 4.0
 """Spread of ln(length) that is looked for: from nearly equal lengths to a factor 55 per sigma."""
 SHORT: Final = (4096.0, 0.80)
-"""'About 80 % of the samples are shorter than 4K': ByteScale's corpora (section 1, recalled)."""
+"""Nearly 80 % of Byted's samples have 4K tokens or fewer (ByteScale, section 3.1); GitHub's are
+taken to be alike."""
 LONG: Final = 2.0**18
 MOST: Final = 2.0**21
+ABOVE_LONG: Final[Mapping[str, float]] = FrozenDict(github=0.098, byted=0.37)
+"""Tokens of ByteScale's corpora in sequences above 256K (section 8.2). GitHub's lognormal has 18 %
+above 128K, where section 3.1 says 16.2 %."""
+BYTED_TAIL: Final = ((2.0**17, 0.443), (LONG, 0.37), (MOST, 0.121))
+"""Tokens of Byted in sequences of 128K or more, of 256K or more, and of 2M, where they end."""
 
 
 @lru_cache(maxsize=16)
@@ -170,12 +212,13 @@ def lengths(name: str) -> LengthDistribution:
     sigma (an assumption: 1,780 tokens on average, within 6 % for every sigma of 1.4 to 2.1). Of
     Common Crawl none is; it lies half-way between (an assumption).
     """
-    if name in ("github", "byted"):
-        frac = {"github": 0.098, "byted": 0.37}[name]
-        source = f"ByteScale (arXiv 2502.21231): 80 % below 4K (recalled), {frac:.1%} of tokens"
-        return from_shares(
-            name, below=SHORT, tokens_above=(LONG, frac), limit=MOST, source=source + " above 256K"
+    if name in ABOVE_LONG:
+        source = "ByteScale (arXiv 2502.21231, sections 3.1 and 8.2): 80 % below 4K, "
+        source += f"{ABOVE_LONG[name]:.1%} of tokens above 256K"
+        body = from_shares(
+            name, below=SHORT, tokens_above=(LONG, ABOVE_LONG[name]), limit=MOST, source=source
         )
+        return replace(body, tail=BYTED_TAIL) if name == "byted" else body
     github = lengths("github") if name in ("wikipedia", "common_crawl") else None
     if github is None:
         raise InputError(f"no corpus '{name}'; known: byted, common_crawl, github, wikipedia")

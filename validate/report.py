@@ -247,13 +247,16 @@ def step_model_markdown(tables: Sequence[StepAccuracy]) -> str:
         "",
         "Kernels as the framework runs them (`simulator.stack`), fitted factors, errors in %. "
         "*Left out*: fitted without this table's runs. *Fitted*: runs that the factors have "
-        "seen. *Assumed*: runs whose rows leave the plan open in part (`validate.trainers`).",
+        "seen. *Assumed*: runs whose rows leave the plan open in part (`validate.trainers`). "
+        "*MFU*: the error of one share of the peak for all runs of a device.",
         "",
-        "| source | GPU | n | MAPE | median | max | bias | in 80 | left out | fitted | assumed |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| source | GPU | n | MAPE | median | max | bias | in 80 | left out | MFU | fitted "
+        "| assumed |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for t in tables:
-        values = (t.mape, t.median_ape, t.max_ape, t.bias, t.coverage_80, t.left_out_mape)
+        values = (t.mape, t.median_ape, t.max_ape, t.bias, t.coverage_80, t.left_out_mape,
+                  t.mfu_mape)  # fmt: skip
         shown = " | ".join(percent(v) for v in values)
         lines.append(
             f"| {_cell(t.source)} | {_cell(t.gpu)} | {t.n} | {shown} | {t.fitted} | {t.assumed} |"

@@ -32,6 +32,8 @@ from simulator.memory import training_memory
 from simulator.recipe import RECIPES, Recipe
 from validate.adapters import Uncounted, is_training_step
 from validate.measurement import Measurement
+from validate.moe_models import moe_transformer
+from validate.precisions import recipe_name
 from validate.trainers import CHUNKS, MICRO_BATCHES, Trainer, trainer_of
 from workloads.models.architecture import LAYER_NORM, Attention, Mlp, TransformerConfig
 from workloads.models.parameters import count_parameters
@@ -56,7 +58,6 @@ CLUSTERS: Final[Mapping[str, str]] = {
 """The catalogue's system around a device; the 96 GB H100 sits on the boards of the 80 GB one."""
 
 MAX_SIZE: Final = 2**40
-_RECIPES: Final = {"bf16": "bf16-grad16", "amp_bf16": "bf16-grad16", "fp16": "fp16"}
 _RECOMPUTE: Final = {
     "none": Recompute.NONE,
     "selective": Recompute.SELECTIVE,
@@ -133,13 +134,17 @@ def read_runs(
     return tuple(runs), tuple(others)
 
 
-def run(row: Measurement, *, assume: bool = False) -> Run:
-    """The run that a row states; raises `Uncounted` with what is missing."""
+def run(row: Measurement, *, assume: bool = False, experts: bool = False) -> Run:
+    """The run that a row states; raises `Uncounted` with what is missing.
+
+    A mixture of experts is only read where `experts` says so: see `validate.moe_runs`.
+    """
     if row.op not in METRICS:
         raise Uncounted(NOT_A_STEP)
     model, layout = row.params["model"], row.params["parallelism"]
-    cfg, recipe = transformer_of(model), _recipe(row)
-    trainer = trainer_of(row.source, layout)
+    read = moe_transformer if experts and "experts" in model else transformer_of
+    cfg, recipe = read(model), _recipe(row)
+    trainer = trainer_of(row.source, layout, row.dtype)
     if assume and trainer is not None and _is_open(layout, trainer):
         return _assumed(row, cfg, recipe, trainer)
     plan = plan_of(layout, row.params["num_gpus"])
@@ -169,7 +174,9 @@ def _assumed(row: Measurement, cfg: TransformerConfig, recipe: Recipe, trainer: 
     chunks = CHUNKS if filled.get("pp", 1) > 1 and "interleave" not in filled else (None,)
     possible: list[Run] = []
     why = "no micro-batch is possible"
-    for micro in MICRO_BATCHES if "microbatch" not in filled else (filled["microbatch"],):
+    micros = MICRO_BATCHES if "microbatch" not in filled else (filled["microbatch"],)
+    chosen = len(micros) * len(chunks) > 1  # else it ran so, whatever our memory model says
+    for micro in micros:
         for number in chunks:
             layout = filled | {"microbatch": micro} | ({"interleave": number} if number else {})
             tried = replace(row, params={**row.params, "parallelism": layout})
@@ -178,7 +185,7 @@ def _assumed(row: Measurement, cfg: TransformerConfig, recipe: Recipe, trainer: 
             except Uncounted as refused:
                 why = str(refused)
                 continue
-            if _is_possible(found, cfg):
+            if not chosen or _is_possible(found, cfg):
                 possible.append(found)
     if not possible:
         raise Uncounted(why)
@@ -231,7 +238,7 @@ def _size(values: Mapping[str, Any], key: str) -> int:
 def transformer_of(model: Mapping[str, Any]) -> TransformerConfig:
     """The model by its sizes; where the row states the number of parameters, ours must agree."""
     if "experts" in model:
-        raise Uncounted("a mixture of experts; the row leaves details of the model open")
+        raise Uncounted("a mixture of experts: timed as its trainer ran it, in tables of its own")
     if model.get("gated") not in (0, 1):
         raise Uncounted("not a decoder-only language model with a stated feed-forward block")
     hidden, heads, gated = _size(model, "hidden"), _size(model, "heads"), model["gated"] == 1
@@ -271,9 +278,12 @@ def transformer_of(model: Mapping[str, Any]) -> TransformerConfig:
 def _recipe(row: Measurement) -> Recipe:
     if row.source.endswith("/lora"):
         raise Uncounted("only adapters are trained")
-    if row.dtype not in _RECIPES:
+    known = row.device_id is not None
+    architecture = catalog.device(row.device_id).architecture if known else ""
+    name = recipe_name(_publisher(row), row.dtype, architecture)
+    if name is None:
         raise Uncounted(f"no precision recipe for {row.dtype} yet")
-    return RECIPES[_RECIPES[row.dtype]]
+    return RECIPES[name]
 
 
 def plan_of(layout: Mapping[str, Any], num_gpus: int) -> Plan:
@@ -288,6 +298,7 @@ def plan_of(layout: Mapping[str, Any], num_gpus: int) -> Plan:
     if layout.get("cpu_offload", 0):
         raise Uncounted("activations are offloaded to the host")
     degrees = {axis: _size(layout, axis) for axis in ("dp", "tp", "pp", "cp")}
+    degrees |= {axis: _size(layout, axis) for axis in ("ep", "etp") if axis in layout}
     plan = Plan(
         **degrees,
         micro_batch=_size(layout, "microbatch"),

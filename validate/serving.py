@@ -3,11 +3,12 @@
     error = predicted / measured - 1,    bias = exp(mean log(predicted / measured)) - 1
 
 `compare_serving` groups the figures by family of model, GPU, engine, mode and model. The constants
-of the host (`simulator.serving.HOST`) are fitted by `fit` on the time per output token of rows
-that a calibration may use: least squares of log(predicted / measured), smoothed to the absolute
-beyond 10 %, none below 0. Rows whose model may draft are not fitted on. `python -m
-validate.serving DIR` fits on a folder and prints the constants and how they do on the models and
-GPUs that each fit left out.
+of the host (`simulator.serving.HOST`) are fitted by `fit` on rows that a calibration may use: those
+of a step and of what prompts cost on the time per output token, then those of launches on the time
+to the first. Least squares of log(predicted / measured), smoothed to the absolute beyond 10 %, none
+below 0. Rows whose model may draft are not fitted on. `python -m validate.serving DIR` fits on a
+folder and prints the constants and how they do on the models, GPUs and engines that each fit left
+out, and between which factors four fifths of the figures of models left out lie.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,6 +27,7 @@ from scipy.optimize import least_squares
 
 from hwmodels.errors import InputError
 from simulator.serving import HOST, Host, tpot_s, ttft_s
+from simulator.serving_kernels import ENGINES
 from validate.measurement import Measurement, csv_files, read
 from validate.serving_rows import DRAFTING, SERVING_FAMILY, TPOT, TTFT, Serving, read_servings
 
@@ -35,8 +37,6 @@ BARS: Final[Mapping[str, float]] = {"dense": 0.12, "moe": 0.20}
 drafted."""
 SOFT: Final = 0.1
 """Log error beyond which the loss grows no faster than the error."""
-_SCALES: Final = (1e-4, 1e-6, 0.1, 0.1)
-"""Typical sizes of step_s, sequence_s and the two interleaves."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,33 +155,47 @@ def _table(metric: str, key: Key, members: Sequence[Serving], host: Host) -> Ser
 
 
 def fit(found: Iterable[Serving]) -> Host:
-    """The host's constants that suit these figures best; those of an unseen engine are shipped."""
-    used = [one for one in found if one.family != DRAFTING and one.row.op == TPOT]
-    if not used:
+    """The host's constants that suit these figures best; an unseen engine has the others' mean."""
+    used = [one for one in found if one.family != DRAFTING]
+    tokens = [one for one in used if one.row.op == TPOT]
+    if not tokens:
         raise InputError("no serving figure to fit on; give a folder with steps_inference.csv")
-    engines = sorted({one.served.engine.name for one in used})
-    scales = np.array([_SCALES[0]] * len(engines) + list(_SCALES[1:]))
-    measured = np.array([one.seconds for one in used])
+    engines = sorted({one.served.engine.name for one in tokens})
+
+    def host(values: NDArray[np.float64]) -> Host:
+        steps = _all_engines(dict(zip(engines, map(float, values), strict=False)))
+        sequence, prompt = map(float, values[len(engines) :])
+        return replace(HOST, step_s=steps, sequence_s=sequence, prompt_s=prompt)
+
+    steps = _solved(tokens, [1e-4] * len(engines) + [1e-5, 1e-3], host)
+    first = [one for one in used if one.row.op == TTFT]
+    starting = sorted({one.served.engine.name for one in first})
+
+    def launching(values: NDArray[np.float64]) -> Host:
+        found = dict(zip(starting, map(float, values), strict=True))
+        return replace(steps, launch_s=_all_engines(found))
+
+    return _solved(first, [1e-4] * len(starting), launching) if first else steps
+
+
+def _all_engines(seen: Mapping[str, float]) -> dict[str, float]:
+    return dict.fromkeys(ENGINES, float(np.mean(list(seen.values())))) | dict(seen)
+
+
+def _solved(
+    used: Sequence[Serving], scales: Sequence[float], host: Callable[[NDArray[np.float64]], Host]
+) -> Host:
+    """The constants of `host` that suit the figures best, each begun at its scale."""
+    scale, measured = np.array(scales), np.array([one.seconds for one in used])
 
     def loss(values: NDArray[np.float64]) -> NDArray[np.float64]:
-        host = _host(values * scales, engines)
-        found = np.array([tpot_s(one.terms, host) for one in used], dtype=np.float64)
+        tried = host(values * scale)
+        found = np.array([predicted_s(one, tried) for one in used], dtype=np.float64)
         return np.asarray(np.log(found / measured), dtype=np.float64)
 
-    start = np.array([1.0] * len(engines) + [1.0, 10.0, 5.0])
-    solved = least_squares(loss, start, bounds=(0.0, np.inf), loss="soft_l1", f_scale=SOFT)
-    return _host(solved.x * scales, engines)
-
-
-def _host(values: NDArray[np.float64], engines: Sequence[str]) -> Host:
-    steps, (sequence, mixed, apart) = values[: len(engines)], values[len(engines) :]
-    fitted = dict(zip(engines, map(float, steps), strict=True))
-    return Host(
-        step_s={**HOST.step_s, **fitted},
-        sequence_s=float(sequence),
-        interleave_mixed=float(mixed),
-        interleave_apart=float(apart),
-    )
+    solved = least_squares(loss, np.ones(len(scale)), bounds=(0.0, np.inf), loss="soft_l1",
+                           f_scale=SOFT)  # fmt: skip
+    return host(solved.x * scale)
 
 
 def left_out(
@@ -192,15 +206,40 @@ def left_out(
     Only the constants are fitted anew: which kernels engines run, and in which formats, was settled
     with all sources in view. Nothing where there is a single source.
     """
-    used = [one for one in found if one.family != DRAFTING]
     tables: list[tuple[str, ServingTable]] = []
+    for name, host, unseen in _folds(found, source):
+        for metric in (TPOT, TTFT):
+            chosen = [one for one in unseen if one.row.op == metric]
+            for table in grouped(chosen, _BY_FAMILY, metric, host):
+                tables.append((name, table))
+    return tuple(tables)
+
+
+_BY_FAMILY: Final = _TOTALS[0]
+
+
+def _folds(
+    found: Sequence[Serving], source: Callable[[Serving], str]
+) -> Iterator[tuple[str, Host, list[Serving]]]:
+    """Each source, the constants of all the others, and its figures."""
+    used = [one for one in found if one.family != DRAFTING]
     names = sorted({source(one) for one in used})
     for name in names if len(names) > 1 else ():
-        host = fit([one for one in used if source(one) != name])
-        unseen = [one for one in used if source(one) == name]
-        for table in grouped(unseen, lambda s: (s.family, ALL, ALL, ALL, ALL), TPOT, host):
-            tables.append((name, table))
-    return tuple(tables)
+        others = [one for one in used if source(one) != name]
+        if any(one.row.op == TPOT for one in others):
+            yield name, fit(others), [one for one in used if source(one) == name]
+
+
+def ranges(found: Sequence[Serving]) -> dict[str, tuple[float, float]]:
+    """First and last tenth of measured over predicted by metric, models left out of the fit."""
+    ratios: dict[str, list[float]] = defaultdict(list)
+    for _, host, unseen in _folds(found, lambda one: one.model):
+        for one in unseen:
+            ratios[one.row.op].append(one.seconds / predicted_s(one, host))
+    return {
+        metric: (float(np.quantile(of, 0.1)), float(np.quantile(of, 0.9)))
+        for metric, of in sorted(ratios.items())
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -210,23 +249,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         rows = [row for f in csv_files(given.folder, SERVING_FAMILY) for row in read(f).rows]
-        found, _ = read_servings(rows)
+        found = [one for metric in (TPOT, TTFT) for one in read_servings(rows, metric=metric)[0]]
         host = fit(found)
     except (InputError, OSError) as error:
         print(f"validate.serving: error: {error}", file=sys.stderr)
         return 2
     for name, value in asdict(host).items():
         print(f"{name:18} {value}")
-    shipped = grouped(found, lambda s: (s.family, ALL, ALL, ALL, ALL), TPOT, host)
-    for table in shipped:
-        print(_line("fitted", table))
+    for metric in (TPOT, TTFT):
+        chosen = [one for one in found if one.row.op == metric]
+        for table in grouped(chosen, _BY_FAMILY, metric, host):
+            print(_line("fitted", table))
     sources: dict[str, Callable[[Serving], str]] = {
         "model": lambda s: s.model,
         "GPU": lambda s: s.row.gpu,
+        "engine": lambda s: s.served.engine.name,
     }
     for kind, source in sources.items():
         for name, table in left_out(found, source):
             print(_line(f"without {kind} {name}", table))
+    for metric, (low, high) in ranges(found).items():
+        print(f"{metric}: four fifths of the figures left out lie at {low:.3f} to {high:.3f}")
     return 0
 
 
@@ -240,7 +283,7 @@ def _line(what: str, t: ServingTable) -> str:
             ("bias", t.bias),
         )
     )
-    return f"{what:44} {t.family:22} {t.n:4}  {errors}"
+    return f"{what:36} {t.metric:7} {t.family:22} {t.n:4}  {errors}"
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from simulator.serving import PROMPT_TOKENS
 from validate.report import percent
 from validate.serving import ALL, BARS, ServingComparison, ServingTable
-from validate.serving_rows import PROMPT_TOKENS, TPOT, TTFT
+from validate.serving_rows import TPOT, TTFT
 
 
 def serving_markdown(found: ServingComparison) -> str:
@@ -28,8 +29,8 @@ def _lines(found: ServingComparison) -> Iterator[str]:
     yield (
         f"`{TPOT}`: time per output token, kernels and the host's fitted constants. `{TTFT}`: time "
         f"to the first token, of runs whose prompts in flight are no more than {PROMPT_TOKENS} "
-        "tokens together, so that one pass takes them all; the client and its network are not "
-        "modelled. A model that may draft tokens without its rows saying so is a family of its own."
+        "tokens together, so that one pass takes them all. A model that may draft tokens without "
+        "its rows saying so is a family of its own."
     )
     yield ""
     for table in found.totals:

@@ -11,8 +11,14 @@ the same way for all of them:
                 beside fp8 and fp4 weights, but bf16 on Hopper for gpt-oss and DeepSeek
     squares     a row with moe_tp = moe_ep = k on k k ranks ran on k GPUs with ep = k: the same
                 figures stand beside such rows under k GPUs, to the last digit
-    batch       of a replica of attention: concurrency / attn_dp; where a row states another
-                concurrency for one replica, several workers ran and the row's batch is one's
+    batch       of a replica of attention: concurrency / attn_dp. A row of one engine whose
+                concurrency is neither its batch nor left out ran behind a router, which spread
+                requests over more engines than the row has GPUs; one without a concurrency states
+                what an engine was allowed, not what it got. Neither says its load (`FLEET`,
+                `LIMIT`): where a calibration may look, such rows are off by 3 to 10 times either
+                way, and of one engine the same for any batch and any number of GPUs
+    run         as its benchmark documents (`_run`): how lengths spread, which tokens go out
+                together, whether a prompt waits for others
     DeepSeek-R1 may draft several tokens a step (its own multi-token prediction), which no row
                 says: a family of its own. A row that repeats one of DeepSeek-V3 is that run.
 """
@@ -28,7 +34,7 @@ from typing import Any, Final
 from hwmodels import catalog
 from hwmodels.dtypes import BF16, FP8, MXFP4, MXFP8, NVFP4
 from hwmodels.errors import InputError
-from simulator.serving import Load, Terms, least_s, terms
+from simulator.serving import PROMPT_TOKENS, Load, Terms, least_s, terms
 from simulator.serving_kernels import ENGINES, Formats, Layout, Linear, Served
 from validate.adapters.part import Uncounted
 from validate.measurement import Measurement
@@ -44,15 +50,35 @@ from workloads.models.architecture import (
 SERVING_FAMILY: Final = "steps_inference"
 TPOT, TTFT = "tpot_ms", "ttft_ms"
 DENSE, MOE, DRAFTING = "dense", "moe", "moe, drafting unstated"
-PROMPT_TOKENS: Final = 8192
-"""Prompt tokens of one pass: the default of vLLM (max_num_batched_tokens of its server),
-TensorRT-LLM (max_num_tokens) and SGLang (chunked_prefill_size)."""
 QUEUED: Final = f"the prompts in flight exceed {PROMPT_TOKENS} tokens, so that they queue"
+FLEET: Final = "the concurrency is not that of one engine: how it was spread is not stated"
+LIMIT: Final = "the row states no concurrency, only what the engine was allowed"
 SAME_RUN: Final = "another row states the time of the same run"
 TOO_FAST: Final = (
     "faster than reading weights and caches once: not the run that the row's setting describes"
 )
 MAX_SIZE: Final = 2**31
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """How a benchmark ran: `Load`'s fields, and mean over stated length of prompts and outputs."""
+
+    length_frac: float = 1.0
+    together: bool = True
+    sent_frac: float = 1.0
+    wait_steps: float = 0.0
+
+
+INFERENCE_X: Final = frozenset({(1024, 1024), (1024, 8192), (8192, 1024)})
+"""Prompt and output tokens of the runs of InferenceX (SemiAnalysisAI/InferenceX, once
+InferenceMAX), of which the rows of its models are."""
+SENT_FRAC: Final[Mapping[str, float]] = {"trtllm": 1 / 10, "sglang": 1 / 30, "vllm": 0.0}
+"""Share of steps whose tokens hold InferenceX's servers up: TensorRT-LLM's `stream_interval: 10`,
+SGLang's `--stream-interval 30`; vLLM's `async-scheduling` sends beside the next pass (its scripts
+benchmarks/70b_fp8_b200_trt_slurm.sh, dsr1_fp8_b200.sh, 70b_fp8_h100_slurm.sh)."""
+WAIT_STEPS: Final = 20.0
+"""`batch_wait_timeout_iters` of its TensorRT-LLM with Llama 70B, 1k/1k, below eight ranks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +94,10 @@ class Latent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """What the name of a model says beyond its row; `drafts`: the release drafts tokens."""
+    """What the name of a model says beyond its row.
+
+    `drafts`: the release drafts tokens. `raced`: InferenceX runs it.
+    """
 
     latent: Latent | None = None
     num_dense: int = 0
@@ -77,20 +106,22 @@ class Facts:
     qk_norm: bool = False
     blockwise: bool = False
     drafts: bool = False
+    raced: bool = False
 
 
 HOPPER_MXFP4: Final[Mapping[str, str]] = {"trtllm": "triton_kernels", "vllm": "marlin"}
 """Kernel of MXFP4 experts on Hopper. TensorRT-LLM's is documented (its blog 9, "(H200/H100 Only)
-Using OpenAI Triton Kernels"). vLLM takes Triton's or Marlin's by a switch that rows do not state
-(VLLM_MXFP4_USE_MARLIN), Triton's by default; Marlin's was chosen because it suits the rows that a
-calibration may use best, of the six kernels tried in two formats and two routings."""
+Using OpenAI Triton Kernels"), vLLM's by the benchmark (InferenceX, benchmarks/gptoss_fp4_h100.sh,
+VLLM_MXFP4_USE_MARLIN=1)."""
 _DEEPSEEK: Final = Latent(q_rank=1536, kv_rank=512, nope_dim=128, rope_dim=64, v_dim=128)
 MODELS: Final[Mapping[str, Facts]] = {
     "deepseek-r1": Facts(latent=_DEEPSEEK, num_dense=3, shared_ffn=2048, blockwise=True,
-                         drafts=True),
-    "deepseek-v3": Facts(latent=_DEEPSEEK, num_dense=3, shared_ffn=2048, blockwise=True),
-    "gpt-oss": Facts(window=128),
+                         drafts=True, raced=True),
+    "deepseek-v3": Facts(latent=_DEEPSEEK, num_dense=3, shared_ffn=2048, blockwise=True,
+                         raced=True),
+    "gpt-oss": Facts(window=128, raced=True),
     "qwen3": Facts(qk_norm=True, blockwise=True),
+    "llama-3.1-70b": Facts(raced=True),
     "llama-3": Facts(),
 }  # fmt: skip
 """By a piece of the name: config.json of deepseek-ai/DeepSeek-V3 (arXiv 2412.19437, section 4.2),
@@ -160,8 +191,7 @@ def _serving(row: Measurement) -> Serving:
     facts = _facts(model)
     cfg = _config(model, facts)
     layout, batch, apart = _layout(split, cfg)
-    load = Load(concurrency=batch, isl=_size(model, "isl"), osl=_size(model, "osl"),
-                disaggregated=apart)  # fmt: skip
+    load = _load(row, facts, batch, apart=apart, tp=layout.tp)
     served = _served(row, cfg, facts, layout)
     seconds = float(row.params["value"]) / 1e3
     if row.op == TTFT and (apart or batch * load.isl > PROMPT_TOKENS):
@@ -171,6 +201,42 @@ def _serving(row: Measurement) -> Serving:
     family = DRAFTING if facts.drafts else MOE if cfg.moe else DENSE
     return Serving(row=row, served=served, load=load, family=family, seconds=seconds,
                    terms=terms(served, load))  # fmt: skip
+
+
+def _load(row: Measurement, facts: Facts, batch: float, *, apart: bool, tp: int) -> Load:
+    model, split = row.params["model"], row.params["parallelism"]
+    isl, osl = _size(model, "isl"), _size(model, "osl")
+    run = _run(facts, isl, osl, str(split["backend"]).split("-", 1)[0], tp=tp)
+    return Load(
+        concurrency=batch,
+        isl=max(round(run.length_frac * isl), 1),
+        osl=max(round(run.length_frac * osl), 1),
+        disaggregated=apart,
+        together=run.together,
+        sent_frac=run.sent_frac,
+        wait_steps=run.wait_steps,
+    )
+
+
+def _run(facts: Facts, isl: int, osl: int, engine: str, *, tp: int) -> Run:
+    """How the benchmark of these lengths ran the model.
+
+    InferenceX draws lengths evenly from 0.8 of the stated ones to the whole
+    (utils/bench_serving/benchmark_serving.py with `--random-range-ratio 0.8`), so that requests end
+    at different times. The others, aiconfigurator's own runs, are taken to be of one length: left
+    free, the fit on rows that a calibration may use met 0.5 of the prompts on SGLang, as it then
+    must be, and 0.9 to 1 on the engines that mix.
+    """
+    if not facts.raced or (isl, osl) not in INFERENCE_X:
+        return Run()
+    held_back = engine == "trtllm" and facts.latent is None and facts.window is None
+    short = isl == osl == 1024 and tp < 8
+    return Run(
+        length_frac=0.9,
+        together=False,
+        sent_frac=SENT_FRAC.get(engine, 1.0),
+        wait_steps=WAIT_STEPS if held_back and short else 0.0,
+    )
 
 
 def _identity(one: Serving) -> str:
@@ -306,6 +372,8 @@ def _layout(split: Mapping[str, Any], cfg: TransformerConfig) -> tuple[Layout, f
         tp, dp, ep = (_degree(split, key) for key in ("d_tp", "d_dp", "d_moe_ep"))
         if not split.get("d_batch"):
             raise Uncounted("the row states no batch of the ranks that decode")
+        if not split.get("concurrency"):
+            raise Uncounted(LIMIT)
         inner = Layout(tp=tp, attn_dp=dp, moe_tp=max(tp * dp // ep, 1), moe_ep=ep)
         return _plain(inner, cfg), float(_size(split, "d_batch")), True
     if split.get("mode") != "agg":
@@ -319,9 +387,11 @@ def _layout(split: Mapping[str, Any], cfg: TransformerConfig) -> tuple[Layout, f
         moe_ep=_degree(split, "moe_ep"),
     )
     layout = _plain(_unsquared(layout, split), cfg)
-    in_flight = _size(split, "concurrency" if split.get("concurrency") else "batch")
-    if layout.attn_dp == 1:
-        return layout, float(_size(split, "batch")), False
+    if not split.get("concurrency"):
+        raise Uncounted(LIMIT)
+    in_flight, batch = _size(split, "concurrency"), _size(split, "batch")
+    if layout.attn_dp == 1 and in_flight != batch:
+        raise Uncounted(FLEET)
     return layout, max(in_flight / layout.attn_dp, 1.0), False
 
 

@@ -1,7 +1,10 @@
 """Factors of training steps, fitted on published ones: a weighted least-squares fit with priors.
 
-    minimise  sum over sources of the mean of (ln predicted / measured / SCATTER)^2,
-              made robust, + sum over factors of (ln factor / prior / spread)^2
+    minimise  sum over sources of the root of their runs times the mean of robust(z)^2
+              + sum over factors of (ln factor / prior / spread)^2
+    z         ln (predicted / measured) / SCATTER
+    robust(z) R sqrt(ln(1 + (z / R)^2)): a run that lies far from its table's others (an allocator
+              short of memory, a busy network) counts little, in a long table as in a short one
 
 Every source and GPU weighs as much as the root of its runs, so that a table of seventy rows does
 not drown one of four. `python -m validate.step_fit DIR` writes what `hwmodels.step_factors` reads.
@@ -11,8 +14,9 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import math
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +39,8 @@ from validate.steps import write_atomically
 SCATTER: Final = 0.05
 """Half of what two releases of one framework differ by on one configuration (dense models)."""
 ROBUST: Final = 2.0
+_SEVERAL_TABLES: Final = ("megatron-lm", "torchtitan")
+"""Publishers whose tables are years or releases apart."""
 DIGITS: Final = 4
 
 
@@ -58,19 +64,28 @@ def predicted_s(run: Run, values: Mapping[str, float]) -> float:
 
 
 def group_of(run: Run) -> str:
-    """Runs that share a source and a GPU: a publisher's table."""
-    return f"{run.stack} {run.row.gpu}"
+    """Runs that share a publisher's table and a GPU."""
+    return f"{table_of(run)} {run.row.gpu}"
 
 
-def fit(runs: Sequence[Run]) -> Fit:
-    """The factors that the runs' frameworks and devices use, from these runs."""
+def table_of(run: Run) -> str:
+    """The publisher and its table, without what differs from row to row of one table."""
+    publisher, _, rest = run.row.source.partition("/")
+    return f"{publisher} {rest.split('/')[0]}" if publisher in _SEVERAL_TABLES else publisher
+
+
+def fit(runs: Sequence[Run], start: Mapping[str, float] | None = None) -> Fit:
+    """The factors that the runs' frameworks and devices use, from these runs.
+
+    The search starts at `start`, at the priors where that says nothing.
+    """
     names = sorted(
         {n for r in runs if r.stack for n in factor_names(stack(r.stack), r.cluster.device)}
     )
     priors = np.array([prior_of(n)[0] for n in names])
     spreads = np.array([prior_of(n)[1] for n in names])
     sizes = Counter(group_of(r) for r in runs)
-    weights = np.array([sizes[group_of(r)] ** -0.5 for r in runs])
+    weights = np.array([sizes[group_of(r)] ** -0.25 for r in runs])
     measured = np.array([r.seconds for r in runs])
 
     def errors(logs: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -79,13 +94,14 @@ def fit(runs: Sequence[Run]) -> Fit:
         return found
 
     def residuals(logs: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.concatenate((errors(logs) * weights / SCATTER, logs))
+        return np.concatenate((robust(errors(logs) / SCATTER) * weights, logs))
 
     found = least_squares(
         residuals,
-        np.zeros(len(names)),
-        loss="soft_l1",
-        f_scale=ROBUST,
+        [
+            math.log((start or {}).get(n, p) / p) / s
+            for n, p, s in zip(names, priors, spreads, strict=True)
+        ],
         diff_step=1e-3,
         ftol=1e-4,
         xtol=1e-3,
@@ -98,26 +114,58 @@ def fit(runs: Sequence[Run]) -> Fit:
     )
 
 
-def left_out(runs: Sequence[Run]) -> dict[str, NDArray[np.float64]]:
+def robust(z: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Residuals whose squares grow as a logarithm beyond ROBUST (Cauchy's loss)."""
+    found: NDArray[np.float64] = np.sign(z) * ROBUST * np.sqrt(np.log1p((z / ROBUST) ** 2))
+    return found
+
+
+def left_out(
+    runs: Sequence[Run], start: Mapping[str, float] | None = None
+) -> dict[str, NDArray[np.float64]]:
     """Predicted over measured of each group's runs where the factors were fitted without them."""
     found = {}
     for group in sorted({group_of(r) for r in runs}):
-        values = fit([r for r in runs if group_of(r) != group]).values
+        values = fit([r for r in runs if group_of(r) != group], start).values
         own = [r for r in runs if group_of(r) == group]
         found[group] = np.array([predicted_s(r, values) / r.seconds for r in own])
     return found
 
 
+def fitted_runs(rows: Iterable[Measurement]) -> list[Run]:
+    """Runs of dense models in 16 bits by a known framework: what the factors are fitted on."""
+    runs = read_runs(rows, assume=True)[0]
+    return [
+        r for r in runs if r.stack is not None and r.recipe.low is None and r.config.moe is None
+    ]
+
+
+def mfu_of(run: Run) -> float:
+    """Share of the peak that the run's model flops took; causal attention counts half."""
+    peak = run.cluster.device.matmul_rate_flops_per_s(run.recipe.dtype)[0]
+    ranks = float(np.max(run.plan.num_ranks))
+    return float(run.step.model_flops) / (run.seconds * ranks * peak)
+
+
+def median_mfu(runs: Sequence[Run]) -> dict[str, float]:
+    """The median by device, by the id of the device."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for run in runs:
+        found[run.cluster.device.id].append(mfu_of(run))
+    return {name: float(np.median(values)) for name, values in sorted(found.items())}
+
+
 def document(rows: Iterable[Measurement], *, on: datetime.date) -> dict[str, Any]:
     """What `hwmodels.step_factors` reads, fitted on these rows."""
     rows = tuple(rows)
-    runs = [r for r in read_runs(rows, assume=True)[0] if r.stack is not None]
+    runs = fitted_runs(rows)
+    runs = [r for r in runs if r.recipe.low is None]  # those have a fit of their own
     if not runs:
         raise InputError("no training run among these rows; give a folder with steps_training.csv")
     found = fit(runs)
     known = {identity(r.row) for r in runs}
     used = sorted({digest(r) for r in rows if r.op in METRICS and identity(r) in known})
-    without = left_out(runs)
+    without = left_out(runs, found.values)
     off = np.abs(np.log(np.concatenate(list(without.values()))))
     return {
         "schema": SCHEMA,
@@ -140,6 +188,7 @@ def document(rows: Iterable[Measurement], *, on: datetime.date) -> dict[str, Any
             group: round(100 * float(np.mean(np.abs(ratios - 1))), 2)
             for group, ratios in without.items()
         },
+        "mfu": {name: round(value, DIGITS) for name, value in median_mfu(runs).items()},
         "rows": used,
     }
 

@@ -47,6 +47,7 @@ K = TypeVar("K")
 
 DIGITS = 4
 ALL = "all"
+NARROW = "trained in a narrow format: held against the calibrated rung, not the bound"
 MIN_RUNS = 9
 """Fewest runs a ratio is fitted on: the range of n draws holds the next with (n - 1) / (n + 1),
 which reaches 80 % at n = 9. A device with fewer runs is left to its architecture."""
@@ -126,6 +127,9 @@ def samples(rows: Iterable[Measurement]) -> tuple[tuple[Sample, ...], tuple[tupl
     reasons = Counter(reason for _, reason in others)
     found: list[Sample] = []
     for run in runs:
+        if run.recipe.low is not None:
+            reasons[NARROW] += 1
+            continue
         try:
             found.append(sample(run))
         except InputError as why:

@@ -8,7 +8,7 @@ from enum import IntEnum
 
 import numpy as np
 
-from workloads.numeric import Num
+from workloads.numeric import Num, where
 
 
 class Recompute(IntEnum):
@@ -23,14 +23,44 @@ class Recompute(IntEnum):
     FULL = 2
 
 
+class SequenceSplit(IntEnum):
+    """How the `cp` ranks of a sequence share its attention; see `workloads.sequence_plan`.
+
+    The rings pass K and V in three layouts, RING_SELF_ATTENTION without a fused kernel; TOKEN_RING
+    passes queries; LIGHTSEQ fetches K and V or computes for others; ULYSSES exchanges heads for
+    tokens; HYBRID is Ulysses inside and a zigzag ring outside; LASP2 gathers the states of linear
+    attention, LASP2H beside them K and V of softmax layers.
+    """
+
+    RING_ZIGZAG = 0
+    RING_CONTIGUOUS = 1
+    RING_STRIPED = 2
+    RING_SELF_ATTENTION = 3
+    LIGHTSEQ = 4
+    TOKEN_RING = 5
+    ULYSSES = 6
+    HYBRID = 7
+    LASP2 = 8
+    LASP2H = 9
+
+    @property
+    def label(self) -> str:
+        """The name as it is written: 'ring-zigzag'."""
+        return self.name.casefold().replace("_", "-")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Degrees of parallelism and the schedule; every field a number, or arrays that broadcast.
 
-    Ranks are laid out innermost first: tp, cp, ep within dp, dp, pp. `cp` is context parallelism
-    over the sequence (ring exchange of K and V); `ep` divides dp * cp and shards the experts;
-    with tp > 1 norms and residuals are sharded along the sequence. `micro_batch` is sequences
-    per micro-batch and data-parallel rank; `interleave` the model chunks per pipeline stage.
+    Ranks are laid out innermost first: tp, cp, dp, pp. `cp` is context parallelism
+    over the sequence, split as `sequence` says, `ulysses` of its ranks by heads where that is a
+    hybrid; with tp > 1 norms and residuals are sharded along the sequence. Experts have a layout of
+    their own on the dp * cp * tp ranks of a stage: `ep` groups hold a share of them each, `etp`
+    ranks split each expert's width (0: as many as tp), and etp * ep divides the ranks: with
+    etp = 0, ep divides dp * cp; with etp = 1, ep lies across tp and no expert is split.
+    `micro_batch` is sequences per micro-batch and data-parallel rank; `interleave` the model chunks
+    per pipeline stage.
     """
 
     dp: Num = 1
@@ -42,6 +72,18 @@ class Plan:
     interleave: Num = 1
     recompute: Num = Recompute.NONE
     zero_stage: Num = 0
+    sequence: Num = SequenceSplit.RING_ZIGZAG
+    ulysses: Num = 1
+    etp: Num = 0
+
+    @property
+    def expert_tp(self) -> Num:
+        """Ranks that split each expert's width.
+
+        >>> Plan(tp=4).expert_tp, Plan(tp=4, etp=1).expert_tp
+        (4, 1)
+        """
+        return where(self.etp > 0, self.etp, self.tp)
 
     @property
     def num_ranks(self) -> Num:
@@ -64,6 +106,12 @@ class Plan:
     def __str__(self) -> str:
         parts = [f"{n}{int(getattr(self, n))}" for n in ("dp", "tp", "pp", "cp", "ep")
                  if n in ("dp", "tp", "pp") or getattr(self, n) != 1]  # fmt: skip
+        if self.sequence != SequenceSplit.RING_ZIGZAG:
+            parts.append(SequenceSplit(int(self.sequence)).label)
+        if self.ulysses != 1:
+            parts.append(f"u{int(self.ulysses)}")
+        if self.etp:
+            parts.append(f"etp{int(self.etp)}")
         parts.append(f"mb{int(self.micro_batch)}")
         if self.interleave != 1:
             parts.append(f"v{int(self.interleave)}")

@@ -157,6 +157,9 @@ _OPS: Final[Mapping[str, Entry]] = {
     "quantise_groups": Entry(
         "quantise_groups", "QuantiseGroups", "groups of a row rounded to integers with a scale"
     ),
+    "quantise_tensor": Entry(
+        "quantise_tensor", "QuantiseTensor", "a training step's tensor cast to a narrow format"
+    ),
     "channel_scores": Entry(
         "quantise_groups", "ChannelScores", "how much queries use each channel of keys"
     ),
@@ -170,6 +173,9 @@ _OPS: Final[Mapping[str, Entry]] = {
     ),
     "layer_budget_selection": Entry(
         "layered_cache", "LayerBudgetSelection", "tokens that each layer's budget keeps"
+    ),
+    "grouped_matmul": Entry(
+        "grouped_matmul", "GroupedMatmul", "products of routed experts, one kernel for all"
     ),
     "moe_ffn": Entry("moe_ffn", "MoeFfn", "routed experts of one rank, forward"),
     "embedding": Entry("embedding", "Embedding", "table lookup, forward"),
@@ -269,6 +275,9 @@ _OPS: Final[Mapping[str, Entry]] = {
     ),
     "cluster_collective": Entry(
         "collective_transfer", "ClusterCollective", "the same over several nodes"
+    ),
+    "staged_collective": Entry(
+        "collective_transfer", "StagedCollective", "the same, each message by way of host memory"
     ),
     "custom_all_reduce": Entry(
         "collective_transfer", "CustomAllReduce", "all-reduce kernel of a serving framework"

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
 
 import typer
 
 from cli import show
 from cli.options import AsJson, Html, Out
+from cli.plan_search import explain as explained
+from cli.plan_search import (
+    program_of,
+    proof,
+    search_text,
+    searched,
+    stages_text,
+    training_options,
+)
 from cli.plans import (
     asked_of,
     asked_text,
@@ -18,6 +28,7 @@ from cli.plans import (
     record,
     rung_text,
     short_plan,
+    splits_asked,
     step_text,
     whole,
     why_not_best,
@@ -68,7 +79,14 @@ Phase: TypeAlias = Annotated[
 ]
 RecipeName: TypeAlias = Annotated[
     str,
-    typer.Option("--recipe", metavar="NAME", help="Precision: bf16, bf16-grad16, fp16 or fp32."),
+    typer.Option(
+        "--recipe",
+        "--precision",
+        metavar="NAME",
+        help="Precision: bf16, bf16-grad16, fp16, fp32; linear layers in a narrower format: "
+        "fp8-tensorwise, fp8-current, fp8-delayed, fp8-rowwise, fp8-blockwise, mxfp8, nvfp4, "
+        "mxfp4.",
+    ),
 ]
 HbmFraction: TypeAlias = Annotated[
     str,
@@ -84,6 +102,44 @@ Pins: TypeAlias = Annotated[
 ]
 Top: TypeAlias = Annotated[
     int, typer.Option("--top", metavar="N", min=1, max=50, help="Plans to show.")
+]
+SplitNames: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sequence-parallel",
+        metavar="NAME",
+        help="How cp ranks share a sequence: ring-zigzag (the default), ring-contiguous, "
+        "ring-striped, ring-self-attention, lightseq, token-ring, ulysses, hybrid (its heads' "
+        "degree: --pin ulysses=N), lasp2, lasp2h; only plans with cp > 1. Or all. May repeat.",
+    ),
+]
+MemoryBudget: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--memory-budget", metavar="SIZE", help="Device memory a plan may fill, e.g. 48GB."
+    ),
+]
+HostMemory: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--host-memory",
+        metavar="SIZE",
+        help="Host memory of a node that activations may be offloaded to (none is otherwise).",
+    ),
+]
+Explain: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--explain", help="Stages, what memory and links are worth, the program with numbers."
+    ),
+]
+TimeLimit: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--time-limit", metavar="TIME", help="End the search then, e.g. 10s."),
+]
+Gap: TypeAlias = Annotated[
+    str,
+    typer.Option("--gap", metavar="SHARE", help="End the search when it is proven that close."),
 ]
 StackName: TypeAlias = Annotated[
     str | None,
@@ -107,29 +163,38 @@ def plan(
     pin: Pins = None,
     top: Top = 5,
     stack: StackName = None,
+    sequence_parallel: SplitNames = None,
+    memory_budget: MemoryBudget = None,
+    host_memory: HostMemory = None,
+    explain: Explain = False,
+    time_limit: TimeLimit = None,
+    gap: Gap = "0",
     html: Html = None,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
     """The fastest way to split a model over a cluster.
 
-    Evaluates every plan (data, tensor, pipeline, context and expert parallelism, micro-batch,
-    interleaving, recomputation, ZeRO) and shows the fastest that fit, with the step's time by
-    piece, the memory by part, and what the others pay for.
+    Searches every plan (data, tensor, pipeline, context and expert parallelism, micro-batch,
+    interleaving, ZeRO; in training any split of the layers into stages, each layer's activations
+    kept, recomputed or offloaded), proves that none is faster than the one it shows, and says what
+    the others pay for.
 
     \b
     Examples:
       ridgeplan plan examples/llama3-8b.json -c hgx-h100 -n 8 --seq 128k -b 64
       ridgeplan plan examples/llama3-8b.json -c hgx-h100 --seq 8k -b 64 --pin tp=1
       ridgeplan plan examples/llama3-8b.json -c hgx-h100 -n 4 --seq 8k -b 128 --stack megatron
+      ridgeplan plan examples/llama3-8b.json -c hgx-h100 -n 8 --seq 512k -b 16 \\
+        --sequence-parallel all
+      ridgeplan plan examples/megatron-1t.json -c dgx-a100-80gb -n 384 --seq 2k -b 3072 \\
+        --memory-budget 36GB --explain
       ridgeplan plan examples/llama3-70b.json -c hgx-h200 --seq 8k -b 32 --phase decode
     """
     from cli.charts.picture import asked_for
-    from cli.files import check_writable, write_all
+    from cli.files import check_writable
     from cli.progress import patience
     from hwmodels import catalog
-    from hwmodels.step_ratios import step_ratio
-    from simulator.planners.parallelism import plan_parallelism
     from simulator.recipe import recipe as recipe_of
     from workloads.models.config import load_model
 
@@ -142,33 +207,65 @@ def plan(
     hbm_frac, pins = parse(hbm_fraction, "frac", "--hbm-fraction"), pins_given(pin or [])
     question = question_of(kind, load_model(model), len_seq, batch)
     system = catalog.cluster(cluster, nodes)
-    with patience("evaluating plans"):
-        choice = plan_parallelism(
-            question,
-            on=system,
-            recipe=recipe_of(recipe),
-            hbm_frac=hbm_frac,
-            num_runners_up=top - 1,
-            pins=pins,
-            stack=framework_on(stack, system),
-        )
-    device = system.device
-    # The published steps that were fitted are of dense models; they say nothing of others.
-    comparable = kind == "train" and question.config.moe is None and choice.stack is None
-    ratio = step_ratio(device.id, device.architecture) if comparable else None
+    asked: dict[str, Any] = {
+        "on": system, "recipe": recipe_of(recipe), "hbm_frac": hbm_frac, "pins": pins,
+        "num_runners_up": top - 1, "stack": framework_on(stack, system, recipe_of(recipe)),
+        "splits": splits_asked(sequence_parallel or []),
+    }  # fmt: skip
+    training = training_options(memory_budget, host_memory, time_limit, gap)
+    if kind != "train":
+        _only_training(memory_budget, host_memory, time_limit, explain)
+    with patience("searching plans"):
+        choice, answer = searched(question, asked, training)
+        found = proof(choice, answer, priced=explain or as_json)
+    ratio = _ratio(choice, question)
     if pictures:
-        from cli.charts.picture import rendered
-        from cli.charts.plan import figure
-
-        with patience("drawing"):
-            drawn = figure(choice, question, ratio)
-            write_all({path: rendered(drawn, path.suffix) for path in pictures})
+        _draw(choice, question, ratio, pictures)
     if as_json:
-        show.print_json(record(choice, question, ratio))
-    else:
-        _show(choice, question, ratio)
-        for path in pictures:
-            print(f"wrote {path}")
+        show.print_json(record(choice, question, ratio) | found)
+        return
+    _show(choice, question, ratio)
+    if explain and answer is not None:
+        explained(found, choice)
+        print(program_of(answer))
+    for path in pictures:
+        print(f"wrote {path}")
+
+
+def _ratio(choice: PlanChoice, question: Step) -> StepRatio | None:
+    """What published steps took over the bound: those fitted are of dense models."""
+    from hwmodels.step_ratios import step_ratio
+
+    device = choice.cluster.device
+    trained = asked_of(question)["phase"] == "train" and question.config.moe is None
+    known = trained and choice.stack is None
+    return step_ratio(device.id, device.architecture) if known else None
+
+
+def _draw(
+    choice: PlanChoice, question: Step, ratio: StepRatio | None, pictures: Sequence[Path]
+) -> None:
+    from cli.charts.picture import rendered
+    from cli.charts.plan import figure
+    from cli.files import write_all
+    from cli.progress import patience
+
+    with patience("drawing"):
+        drawn = figure(choice, question, ratio)
+        write_all({path: rendered(drawn, path.suffix) for path in pictures})
+
+
+def _only_training(
+    memory_budget: str | None, host_memory: str | None, time_limit: str | None, explain: bool
+) -> None:
+    """Options of the training planner have no meaning where a model serves."""
+    given = {
+        "--memory-budget": memory_budget, "--host-memory": host_memory,
+        "--time-limit": time_limit, "--explain": explain or None,
+    }  # fmt: skip
+    for name, value in given.items():
+        if value is not None:
+            raise InputError(f"{name} is for training; leave it out, or give --phase train")
 
 
 def _phase(text: str) -> str:
@@ -202,7 +299,7 @@ def _headline(
     seconds = float(step.seconds)
     lower, upper = seconds_text(float(step.lower_s)), seconds_text(float(step.upper_s))
     lines = [
-        ("Best plan", str(choice.plan)),
+        ("Best plan", _plan_text(choice)),
         (
             "Time",
             f"{seconds_text(seconds)} {step_text(question)}, bound by {resource_text(step.bound)}",
@@ -219,6 +316,14 @@ def _headline(
         ("Rung", rung_text(choice)),
     ]
     return lines if ratio is None else [*lines, ("Expect", _expected(choice, ratio))]
+
+
+def _plan_text(choice: PlanChoice) -> str:
+    """The plan, and its stages where they are not all there is."""
+    best = choice.best
+    even = len({(s.num_layers, tuple(s.modes)) for s in best.stages}) <= 1
+    plain = even and all(len(s.modes) == 1 for s in best.stages)
+    return str(choice.plan) if plain else f"{choice.plan}; {stages_text(best)}"
 
 
 def _peaks(choice: PlanChoice) -> str:
@@ -310,8 +415,7 @@ def _search(choice: PlanChoice, question: Step) -> list[tuple[str, str]]:
     return [
         (
             "Search",
-            f"all {choice.num_evaluated:,} plans of the space evaluated, {choice.num_feasible:,} "
-            f"fit: none is faster (gap {percent_text(choice.gap_frac)})",
+            search_text(choice),
         ),
         (
             "Budget",

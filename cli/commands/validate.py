@@ -18,6 +18,7 @@ from cli.quantity import shown
 
 if TYPE_CHECKING:
     from hwmodels.calibration import Calibration
+    from validate.collective_cells import CollectiveCell
     from validate.compare import Ablation, Comparison, Table
     from validate.measurement import Readings
     from validate.peak_memory import PeakComparison
@@ -33,21 +34,24 @@ MOST_FRAC: Final = 99.99
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Whole:
-    """What was compared of whole steps: training, serving, memory."""
+    """What was compared of whole steps (training, serving, memory), and collectives by group."""
 
     steps: StepComparison
     accuracy: Sequence[StepAccuracy]
     serving: ServingComparison
     peaks: PeakComparison
+    collectives: Sequence[CollectiveCell] = ()
 
     def as_dict(self) -> dict[str, object]:
         """The JSON document's part."""
+        from validate.collective_cells import as_dicts as as_cells
         from validate.step_accuracy import as_dicts
 
         return {
             "training_steps": self.steps.as_dict() | {"model": as_dicts(self.accuracy)},
             "serving_steps": self.serving.as_dict(),
             "peak_memory": self.peaks.as_dict(),
+            "collective_cells": as_cells(self.collectives),
         }
 
     def show(self) -> None:
@@ -56,6 +60,7 @@ class Whole:
         _print_accuracy(self.accuracy)
         _print_serving(self.serving)
         _print_peaks(self.peaks)
+        _print_collectives(self.collectives)
 
 
 def validate(
@@ -100,7 +105,7 @@ def validate(
 
         readings = _read(path, family, targets)
         comparison = compare(readings.rows, readings.refused, calibrations)
-        steps_found = _compare_whole(readings)
+        steps_found = _compare_whole(readings, calibrations)
         steps_of_calibration = _ablation(readings, calibrations) if ablation else ()
     contents: dict[Path, bytes] = {}
     if markdown is not None:
@@ -121,18 +126,26 @@ def validate(
         print(f"wrote {file}")
 
 
-def _compare_whole(readings: Readings) -> Whole:
-    """Everything that is held against whole steps."""
+def _compare_whole(readings: Readings, calibrations: Sequence[Calibration] | None) -> Whole:
+    """Everything that is held against whole steps, and collectives by kind of group."""
+    from validate.collective_cells import collective_cells
+    from validate.moe_accuracy import moe_accuracy
     from validate.peak_memory import compare_peaks
     from validate.serving import compare_serving
-    from validate.step_accuracy import step_accuracy
+    from validate.step_accuracy import published_accuracy, step_accuracy
     from validate.steps import compare_steps
 
+    accuracy = step_accuracy(readings.rows)
     return Whole(
         steps=compare_steps(readings.rows),
-        accuracy=step_accuracy(readings.rows),
+        accuracy=(
+            *accuracy,
+            *(published_accuracy() if accuracy else ()),
+            *moe_accuracy(readings.rows),
+        ),
         serving=compare_serving(readings.rows),
         peaks=compare_peaks(readings.rows),
+        collectives=collective_cells(readings.rows, calibrations),
     )
 
 
@@ -172,6 +185,7 @@ def _markdown(
     import datetime
 
     from hwmodels.step_ratios import shipped_ratios
+    from validate.collective_report import collectives_markdown
     from validate.report import (
         accuracy_markdown,
         peaks_markdown,
@@ -192,6 +206,8 @@ def _markdown(
         sections.append(serving_markdown(serving))
     if whole.peaks.num_rows:
         sections.append(peaks_markdown(whole.peaks))
+    if whole.collectives:
+        sections.append(collectives_markdown(whole.collectives))
     return accuracy_markdown(
         comparison,
         on=datetime.date.today(),
@@ -212,15 +228,30 @@ def _print_accuracy(tables: Sequence[StepAccuracy]) -> None:
 
     if not tables:
         return
-    numbers = ("n", "MAPE", "median", "max", "bias", "in 80", "left out", "fitted", "assumed")
+    numbers = ("n", "MAPE", "max", "bias", "in 80", "left out", "MFU", "assumed")
     made = show.table("source", "GPU", *numbers, right=numbers,
                       title="training steps, calibrated: errors in %")  # fmt: skip
     made.padding = (0, 1, 0, 0)
     for t in tables:
-        values = (t.mape, t.median_ape, t.max_ape, t.bias, t.coverage_80, t.left_out_mape)
-        identity = shown(t.source, 26), shown(t.gpu, 24)
-        made.add_row(*identity, str(t.n), *map(percent, values), str(t.fitted), str(t.assumed))
+        values = (t.mape, t.max_ape, t.bias, t.coverage_80, t.left_out_mape, t.mfu_mape)
+        identity = shown(t.source, 44), _device_id(t.gpu)
+        made.add_row(*identity, str(t.n), *map(percent, values), str(t.assumed))
     show.console().print(made)
+    show.console().print(
+        "left out: the table's error where the factors were fitted without it; MFU: one constant "
+        "share of peak; assumed: runs with a size that nobody published"
+    )
+
+
+def _device_id(label: str) -> str:
+    """The catalogue's short name of a published GPU; the label where there is none."""
+    from hwmodels import catalog
+    from hwmodels.errors import InputError
+
+    try:
+        return catalog.device(label).id
+    except InputError:
+        return shown(label, 16)
 
 
 def _print_steps(steps: StepComparison) -> None:
@@ -253,6 +284,25 @@ def _print_peaks(peaks: PeakComparison) -> None:
         row = p.run.row
         made.add_row(shown(row.source, 26), shown(row.gpu, 24), shown(p.run.config.name, 20),
                      str(p.run.plan), percent(p.ratio - 1))  # fmt: skip
+    show.console().print(made)
+
+
+def _print_collectives(cells: Sequence[CollectiveCell]) -> None:
+    """Errors of collectives by GPU and kind of group, large payloads only."""
+    from validate.collective_cells import LEAST_BYTES, LIMIT_FRAC
+    from validate.report import percent
+
+    if not cells:
+        return
+    numbers = ("n", "MAPE", "median", "bias", "in 80")
+    title = (f"collectives of {LEAST_BYTES // 1024} KB and more: errors in %, "
+             f"bar {percent(LIMIT_FRAC)}")  # fmt: skip
+    made = show.table("GPU", "group", *numbers, "bar", right=numbers, title=title)
+    made.padding = (0, 1, 0, 0)
+    words = {None: "", True: "kept", False: "missed"}
+    for c in cells:
+        errors = [percent(v) for v in (c.mape, c.median_ape, c.bias, c.coverage_80)]
+        made.add_row(shown(c.gpu, 28), c.kind, str(c.n), *errors, words[c.kept])
     show.console().print(made)
 
 

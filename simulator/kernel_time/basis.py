@@ -3,7 +3,9 @@
 A device without a calibration of its own borrows, in this order and never in silence:
 
     own           the device's calibration
-    architecture  calibrations of the same architecture (name and compute-capability major)
+    architecture  calibrations of the same architecture (name and compute-capability major); of
+                  these, where there are any, those of the same chip at the same power: boards
+                  that differ in their memory only
     mean          the geometric mean over all calibrated devices
     nominal       the constants' start values, where nothing was ever fitted
 
@@ -38,6 +40,9 @@ OWN, ARCHITECTURE, MEAN, NOMINAL = "own", "architecture", "mean", "nominal"
 NOMINAL_Q80: Final = math.log(2.0)
 """Half width of the 80 % interval where no constant was ever fitted: a factor of two."""
 NOMINAL_Q90: Final = math.log(3.0)
+
+UNLEARNED: Final = "unidentified"
+"""Status of a constant that a device's rows could not tell."""
 
 T = TypeVar("T")
 
@@ -87,6 +92,10 @@ class Basis:
     def _value(self, constant: Constant, labels: Mapping[str, str]) -> float:
         """The geometric mean over the donors that know the labels, else over all of them."""
         donors = self._donors_of(constant)
+        if constant.unlearned is not None:
+            donors = [d for d in donors if _learned(d, constant)]
+            if self.donors and not donors:
+                return constant.unlearned
         asked = [_labelled(d, constant, labels) for d in donors]
         known = [value for value in asked if value is not None]
         if not known and constant is HOST:
@@ -96,7 +105,14 @@ class Basis:
         return min(max(mean, constant.low), constant.high)
 
     def _donors_of(self, constant: Constant) -> list[ModelCalibration]:
-        """Those that hold the constant; of several, those with the device's matrix instruction."""
+        """Those that hold the constant; of several, those with the device's matrix instruction.
+
+        Of a constant that is lent, the device itself where it learned it, or else all that did,
+        whatever their architecture.
+        """
+        if constant.lent:
+            own = [d for d in self.donors if self.scope == OWN and _learned(d, constant)]
+            return own or [d for d in self.peers if _learned(d, constant)]
         if self.scope == MEAN and constant.by_instruction:
             same = [d for d in self.peers if _instruction_of(d.device_id) == self.instruction]
             if found := [d for d in same if constant.name in d.constants]:
@@ -125,6 +141,12 @@ class Basis:
             next(d.residuals[group] for group in groups if group in d.residuals)
             for d in self.donors
         ])  # fmt: skip
+
+
+def _learned(donor: ModelCalibration, constant: Constant) -> bool:
+    """Could the donor's rows tell the constant?"""
+    fitted = donor.constants.get(constant.name)
+    return fitted is not None and fitted.status != UNLEARNED
 
 
 def _labelled(
@@ -226,11 +248,17 @@ def basis(
     return _find(_identity(device), model, calibrations)
 
 
-Identity = tuple[str, tuple[str, str], str]
+Chip = tuple[str, int, float, float | None]
+Identity = tuple[str, tuple[str, str], str, Chip]
 
 
 def _identity(device: Device) -> Identity:
-    return device.id, kin(device), instruction(device)
+    return device.id, kin(device), instruction(device), _chip(device)
+
+
+def _chip(device: Device) -> Chip:
+    """What two boards with the same compute share: architecture, SMs, clock and power limit."""
+    return device.architecture, device.num_sms, device.clock_hz, device.tdp_w
 
 
 def kin(device: Device) -> tuple[str, str]:
@@ -250,11 +278,12 @@ def _shipped_basis(identity: Identity, model: KernelModel) -> Basis:
 
 
 def _find(identity: Identity, model: KernelModel, calibrations: Sequence[Calibration]) -> Basis:
-    device_id, family, kind = identity
+    device_id, family, kind, chip = identity
     have = [c for c in calibrations if model.name in c.models]
     own = [c for c in have if c.device_id == device_id]
     same = [c for c in have if _kin_of(c.device_id) == family]
-    for scope, found in ((OWN, own), (ARCHITECTURE, same), (MEAN, have)):
+    twins = [c for c in same if _chip(catalog.device(c.device_id)) == chip]
+    for scope, found in ((OWN, own), (ARCHITECTURE, twins or same), (MEAN, have)):
         if found:
             donors = tuple(c.models[model.name] for c in found)
             peers = tuple(c.models[model.name] for c in have)

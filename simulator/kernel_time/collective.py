@@ -1,4 +1,4 @@
-"""Time of collectives: the best protocol or algorithm, over the device's links and the network.
+"""Time of collectives on one node: the best protocol or algorithm, over the device's links.
 
 With n ranks, B bytes, k = 2 for an all-reduce and 1 otherwise, S dependent steps, link bandwidth
 BW per direction and the bytes that a ring's busiest link carries, with its start-up:
@@ -9,44 +9,45 @@ BW per direction and the bytes that a ring's busiest link carries, with its star
         LL       ll_step S + wire / (ll SMs f) + 2 wire / BW     small messages: half is flags
         LL128    ll128 + |ll128_step S, wire / (ll128 BW)|       a flag every 128 bytes
         Simple   simple + |simple_step S, wire / (simple BW)|    large messages, memory fences
-        NVLS     nvls + (n + 1) / n B / (nvls BW)                all-reduce inside the switch
+        NVLS     nvls + n / (n - 1) B / (nvls BW)                all-reduce inside the switch
 
 LL, LL128 and Simple are NCCL's protocols, NVLS its in-switch algorithm (NCCL documentation,
 NCCL_PROTO and NCCL_ALGO); |a, b| is the 2-norm: steps of later chunks hide behind earlier ones.
-A send alone takes one step, by LL or by
+LL128 needs NVLink; NVLS a Hopper or later GPU on a switch, a floating-point format and as many
+ranks as `simulator.nccl.first_switched_rank` says. A send takes LL in one step, or
 
-        sends    send + wire / (simple BW)
+        sends    |send, B / (send BW)|                           from a floor of its own; between
+                                                                 cards `pcie` of it, as Simple
 
-LL128 needs NVLink, NVLS
-a Hopper or later GPU on a switch and a floating-point format. `custom_all_reduce`:
+A profiler times kernels that wait for the last rank, which a longer kernel hides: `overlap`.
+`custom_all_reduce`:
 
         one-shot oneshot + (n - 1) B / (oneshot BW)              every rank reads all buffers
         two-shot twoshot + 2 (n - 1) / n B / (twoshot BW)        reduce-scatter, then gather
-        ring     Simple as above                                 what frameworks fall back on
+        library  as above                                        what frameworks fall back on
 
 Links: a card (form factor PCIe) is joined to one other at most, so groups of more than two run over
 PCI Express, where a step takes `PCIE_STEP` times as long; more than `SOCKET_RANKS` of them sit on
-two CPU sockets, between which `SOCKET_FRAC` of the bandwidth is left.
-
-`cluster_collective`, several nodes of r ranks with a network port each:
-
-    T = launch + net_step rounds + |crossing / (r net port), wire / (link BW)|
-
-`expert_exchange`, for dispatch and combine of routed experts: T tokens of h bytes, E experts
-
-    T = launch + E expert + h / row + |wire / (link BW), crossing / (net port)|
+two CPU sockets, between which `SOCKET_FRAC` of the bandwidth is left; Simple gets `pcie` of it in
+place of `simple`. In a mesh of point-to-point
+links a group has the share of them that leads to its own (`CollectiveTransfer.mesh_frac`).
+Several nodes: `collective_nodes`; experts: `expert_exchange`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Final
+
+import numpy as np
 
 from hwmodels.device import Device
 from hwmodels.errors import UnsupportedError
+from simulator import nccl
 from simulator.kernel_time.constants import Constant
 from simulator.kernel_time.model import Conditions, Constants, KernelModel, KernelTime
 from simulator.kernel_time.rates import Rates
-from simulator.kernel_time.terms import overlap, smaller
+from simulator.kernel_time.terms import larger, overlap, smaller
 from workloads.numeric import Condition, Num, where
 from workloads.op import Op
 from workloads.ops.collective_transfer import (
@@ -54,7 +55,6 @@ from workloads.ops.collective_transfer import (
     CollectiveTransfer,
     CustomAllReduce,
 )
-from workloads.ops.expert_exchange import ExpertExchange
 
 SOCKET_RANKS: Final = 4
 """Cards on one CPU socket of a server with eight."""
@@ -68,13 +68,14 @@ and 5.7 to 3.4 us (Simple)."""
 PCIE: Final = "pcie"
 PCIE_CARD: Final = "PCIe"
 """How the link is called, and how the form factor of a card begins."""
-SWITCHED_REDUCTION: Final = ("9", "10")
-"""Compute capabilities (major) of parts whose NVLink switch reduces."""
+NVLS: Final = "nvls"
+PROFILED: Final = "nccl-profiled"
+"""Run whose times are a profiler's: they hold the wait for the last rank."""
 
 K: Final = ("kernel",)
 CONSTANTS: Final = (
     Constant(name="launch_s", meaning="floor of a collective: launch and first flags", unit="s",
-             start=6e-6, low=5e-7, high=6e-5, spread=0.7, by=K),
+             start=6e-6, low=5e-7, high=6e-5, spread=0.7),
     Constant(name="ll_step_s", meaning="one step of LL: a flag's way", unit="s",
              start=9e-7, low=1e-7, high=1e-5, spread=0.5, by=K),
     Constant(name="ll_bytes_per_clk", meaning="bytes an SM's share of the channels sends by LL",
@@ -82,7 +83,7 @@ CONSTANTS: Final = (
     Constant(name="ll128_s", meaning="set-up of LL128", unit="s",
              start=1.5e-6, low=1e-8, high=2e-5, spread=0.7, by=K),
     Constant(name="ll128_step_s", meaning="one step of LL128", unit="s",
-             start=1.2e-6, low=1e-7, high=1e-5, spread=0.5, by=K),
+             start=1.2e-6, low=1e-7, high=1e-5, spread=0.5),
     Constant(name="ll128_frac", meaning="share of the link that LL128's payload gets", unit="1",
              start=0.3, low=0.05, high=0.95, spread=0.4, by=K),
     Constant(name="simple_s", meaning="set-up of the Simple protocol", unit="s",
@@ -91,8 +92,8 @@ CONSTANTS: Final = (
              start=2e-6, low=1e-7, high=4e-5, spread=0.7, by=K),
     Constant(name="simple_frac", meaning="share of the link that Simple's payload gets", unit="1",
              start=0.75, low=0.1, high=1.0, spread=0.2, by=K),
-    Constant(name="send_s", meaning="set-up of a plain send", unit="s",
-             start=5e-6, low=1e-7, high=5e-5, spread=0.7),
+    Constant(name="send_s", meaning="floor of a plain send by Simple", unit="s",
+             start=1.2e-5, low=1e-6, high=1e-4, spread=0.7, lent=True),
     Constant(name="start", meaning="steps' worth of traffic of starting and ending a ring",
              unit="1", start=0.4, low=0.01, high=3.0, spread=0.5, by=K),
     Constant(name="nvls_s", meaning="set-up of the reduction inside the switch", unit="s",
@@ -100,7 +101,21 @@ CONSTANTS: Final = (
              source="NCCL's tables, src/graph/tuning.cc, 25 us; fitted from there"),
     Constant(name="nvls_frac", meaning="share of the link that the switch's reduction gets",
              unit="1", start=0.6, low=0.1, high=1.0, spread=0.2),
+    Constant(name="wait_s", meaning="wait for the last rank in times that a profiler states",
+             unit="s", start=4e-5, low=1e-7, high=2e-4, spread=0.7, unlearned=1e-7),
+    Constant(name="send_frac", meaning="share of the link that a plain send gets", unit="1",
+             start=0.85, low=0.1, high=1.0, spread=0.3, lent=True),
+    Constant(name="send_launch_s", meaning="floor of a plain send by LL", unit="s",
+             start=6e-6, low=5e-7, high=6e-5, spread=0.7, lent=True),
+    Constant(name="pcie_frac", meaning="share of PCI Express that Simple's payload gets", unit="1",
+             start=0.6, low=0.1, high=1.0, spread=0.3, by=K, lent=True),
 )  # fmt: skip
+
+LIBRARY_NAMES: Final = (
+    "launch_s", "ll_step_s", "ll_bytes_per_clk", "ll128_s", "ll128_step_s", "ll128_frac",
+    "simple_s", "simple_step_s", "simple_frac", "start", "nvls_s", "nvls_frac", "pcie_frac",
+)  # fmt: skip
+"""Constants of the library's all-reduce that large messages of a framework fall back on."""
 
 CUSTOM_CONSTANTS: Final = (
     Constant(name="launch_s", meaning="floor of an all-reduce kernel: launch, barrier", unit="s",
@@ -113,40 +128,8 @@ CUSTOM_CONSTANTS: Final = (
              start=4e-6, low=1e-7, high=4e-5, by=K),
     Constant(name="twoshot_frac", meaning="share of the link of a two-shot all-reduce", unit="1",
              start=0.5, low=0.02, high=1.0, spread=0.6, by=K),
-    Constant(name="ring_s", meaning="set-up of the library's ring", unit="s",
-             start=1.5e-5, low=1e-6, high=1e-4, spread=0.7),
-    Constant(name="ring_step_s", meaning="one step of the library's ring", unit="s",
-             start=2e-6, low=1e-7, high=4e-5, spread=0.7),
-    Constant(name="ring_frac", meaning="share of the link of the library's ring", unit="1",
-             start=0.75, low=0.1, high=1.0, spread=0.2),
-    Constant(name="start", meaning="steps' worth of traffic of starting and ending a ring",
-             unit="1", start=0.4, low=0.01, high=3.0, spread=0.5),
-)  # fmt: skip
-
-CLUSTER_CONSTANTS: Final = (
-    Constant(name="launch_s", meaning="floor of a collective: launch and first flags", unit="s",
-             start=2e-5, low=1e-6, high=1e-4, spread=0.7, by=K),
-    Constant(name="net_step_s", meaning="one step between nodes", unit="s",
-             start=1.5e-5, low=1e-6, high=2e-4, by=K),
-    Constant(name="net_frac", meaning="share of the network ports' bandwidth", unit="1",
-             start=0.6, low=0.01, high=1.0, spread=0.7, by=K),
-    Constant(name="link_frac", meaning="share of the link inside a node", unit="1",
-             start=0.7, low=0.1, high=1.0, spread=0.3),
-)  # fmt: skip
-
-EXPERT_CONSTANTS: Final = (
-    Constant(name="launch_s", meaning="floor of an exchange: launch, counts, barrier", unit="s",
-             start=2e-5, low=1e-6, high=1e-4, spread=0.7, by=K),
-    Constant(name="expert_s", meaning="one expert's counter and its flag", unit="s",
-             start=1e-8, low=1e-10, high=3e-7, by=K),
-    Constant(name="row_bytes_per_s", meaning="rate at which one block moves one token", unit="B/s",
-             start=2e9, low=1e8, high=1e12, by=K),
-    Constant(name="link_frac", meaning="share of the link that tokens get", unit="1",
-             start=0.5, low=0.02, high=1.0, spread=0.6, by=K),
-    Constant(name="net_frac", meaning="share of the network port's bandwidth", unit="1",
-             start=0.7, low=0.02, high=1.0, spread=0.5, by=K),
-    Constant(name="net_step_s", meaning="latency of the network, once", unit="s",
-             start=1e-5, low=1e-7, high=2e-4, by=K),
+    *(dataclasses.replace(c, name=f"library_{c.name}", by=()) for c in CONSTANTS
+      if c.name in LIBRARY_NAMES),
 )  # fmt: skip
 
 
@@ -155,22 +138,51 @@ def collective_seconds(
 ) -> KernelTime:
     """Seconds of one collective of a library on one node; sizes and rates broadcast."""
     c = constants
-    link, carded = _link(op.num_ranks, rates)
-    wire, steps = _wire(op, c["start"]), _slower(op.num_steps(), carded)
-    sent = wire / (c["ll_bytes_per_clk"] * rates.sm_clocks_per_s) + 2 * wire / link
-    best = c["ll_step_s"] * steps + sent
-    whole = wire / (c["simple_frac"] * link)
+    launch, seconds = launch_of(op, c), nccl.best(ways(op, rates, c))
+    if conditions.kernel == PROFILED:
+        seconds = overlap(launch + seconds, c["wait_s"]) - launch
+    return timed(op, rates, launch, seconds)
+
+
+def launch_of(op: CollectiveTransfer, constants: Constants) -> float:
+    """The floor that all ways of a collective share; sends have their own in each."""
+    return 0.0 if op.kind == "send_recv" else constants["launch_s"]
+
+
+def ways(op: CollectiveTransfer, rates: Rates, constants: Constants) -> dict[nccl.Way, Num]:
+    """Seconds by algorithm and protocol, launch aside; infinite where a group cannot take one."""
+    c = constants
     if op.kind == "send_recv":
-        best = smaller(best, c["send_s"] + whole)
-        return _timed(op, rates, c["launch_s"], best)
-    best = smaller(best, c["simple_s"] + _pair(c["simple_step_s"] * steps, whole))
-    ll128 = _pair(c["ll128_step_s"] * steps, wire / (c["ll128_frac"] * link))
-    best = smaller(best, where(carded, best, c["ll128_s"] + ll128))
-    if op.kind == "all_reduce" and _reduces_in_switch(op, rates):
-        gathered = (op.num_ranks + 1) / op.num_ranks * op.num_bytes
+        return _sends(op, rates, c)
+    link, carded = link_of(op, rates)
+    top = _between_sockets(op, link, carded)
+    wire, steps = _wire(op, c["start"]), _slower(op.num_steps(), carded)
+    sent = wire / (c["ll_bytes_per_clk"] * rates.sm_clocks_per_s) + 2 * wire / top
+    share = where(carded, c["pcie_frac"], c["simple_frac"])
+    simple = pair(c["simple_step_s"] * steps, wire / smaller(share * link, top))
+    ll128 = c["ll128_s"] + pair(c["ll128_step_s"] * steps, wire / (c["ll128_frac"] * link))
+    found = {
+        (nccl.RING, nccl.LL): c["ll_step_s"] * steps + sent,
+        (nccl.RING, nccl.LL128): where(carded, np.inf, ll128),
+        (nccl.RING, nccl.SIMPLE): c["simple_s"] + simple,
+    }
+    efficiency = nccl.switch_efficiency(rates.device)
+    if op.kind == "all_reduce" and efficiency and not op.dtype.name.startswith("int"):
+        gathered = op.num_ranks / larger(op.num_ranks - 1, 1.0) * op.num_bytes
         switched = c["nvls_s"] + gathered / (c["nvls_frac"] * link)
-        best = smaller(best, where(op.num_ranks > 2, switched, best))
-    return _timed(op, rates, c["launch_s"], best)
+        many = np.greater_equal(op.num_ranks, nccl.first_switched_rank(efficiency))
+        found[NVLS, nccl.SIMPLE] = where(many, switched, np.inf)
+    return found
+
+
+def _sends(op: CollectiveTransfer, rates: Rates, c: Constants) -> dict[nccl.Way, Num]:
+    link, carded = link_of(op, rates)
+    top = _between_sockets(op, link, carded)
+    sent = op.num_bytes / (c["ll_bytes_per_clk"] * rates.sm_clocks_per_s) + 2 * op.num_bytes / top
+    small = c["send_launch_s"] + c["ll_step_s"] * _slower(1.0, carded) + sent
+    share = where(carded, c["pcie_frac"], c["send_frac"])
+    large = pair(c["send_s"], op.num_bytes / smaller(share * link, top))
+    return {(nccl.DIRECT, nccl.LL): small, (nccl.DIRECT, nccl.SIMPLE): large}
 
 
 def custom_seconds(
@@ -178,49 +190,20 @@ def custom_seconds(
 ) -> KernelTime:
     """Seconds of a framework's own all-reduce; sizes and rates broadcast."""
     c = constants
-    link, carded = _link(op.num_ranks, rates)
-    steps = _slower(op.num_steps(), carded)
-    ring = c["ring_s"] + _pair(
-        c["ring_step_s"] * steps, _wire(op, c["start"]) / (c["ring_frac"] * link)
-    )
-    barrier = c["rank_s"] * _slower(op.num_ranks, carded)
+    link, carded = link_of(op, rates)
+    top = _between_sockets(op, link, carded)
+    barrier = c["launch_s"] + c["rank_s"] * _slower(op.num_ranks, carded)
     own = barrier + smaller(
-        op.one_shot_bytes() / (c["oneshot_frac"] * link),
-        c["twoshot_s"] + op.two_shot_bytes() / (c["twoshot_frac"] * link),
+        op.one_shot_bytes() / smaller(c["oneshot_frac"] * link, top),
+        c["twoshot_s"] + op.two_shot_bytes() / smaller(c["twoshot_frac"] * link, top),
     )
-    return _timed(op, rates, c["launch_s"], smaller(own, ring))
+    library = {name: c[f"library_{name}"] for name in LIBRARY_NAMES}
+    ring = library["launch_s"] + nccl.best(ways(op, rates, library))
+    return timed(op, rates, 0.0, smaller(own, ring))
 
 
-def cluster_seconds(
-    op: ClusterCollective, rates: Rates, constants: Constants, conditions: Conditions
-) -> KernelTime:
-    """Seconds of one collective over several nodes; sizes and rates broadcast."""
-    c = constants
-    each = op.num_ranks / op.num_nodes
-    link, _ = _link(each, rates)
-    crossing = op.crossing_bytes() / (each * c["net_frac"] * op.port_bytes_per_s)
-    inside = where(each > 1, op.wire_bytes(), 0.0) / (c["link_frac"] * link)
-    network = c["net_step_s"] * op.num_rounds()
-    return _timed(op, rates, c["launch_s"] + network, _pair(crossing, inside))
-
-
-def expert_seconds(
-    op: ExpertExchange, rates: Rates, constants: Constants, conditions: Conditions
-) -> KernelTime:
-    """Seconds of one dispatch or combine; sizes and rates broadcast."""
-    c = constants
-    link, _ = _link(op.num_ranks / op.num_nodes, rates)
-    floor = c["launch_s"] + c["expert_s"] * op.num_experts + op.row_bytes() / c["row_bytes_per_s"]
-    away = where(op.num_nodes > 1, c["net_step_s"], 0.0)
-    moved = _pair(
-        op.wire_bytes() / (c["link_frac"] * link),
-        op.crossing_bytes() / (c["net_frac"] * op.port_bytes_per_s),
-    )
-    return _timed(op, rates, floor + away, moved)
-
-
-def _timed(op: Op, rates: Rates, launch: Num, link: Num) -> KernelTime:
-    """Launch, then the link, which own memory must keep up with."""
+def timed(op: Op, rates: Rates, launch: Num, link: Num) -> KernelTime:
+    """Launch, then the link, which own memory must keep up with; the kernel time of an op."""
     memory = op.work(0.0).bytes / rates.hbm_bytes_per_s
     terms = {"launch": launch, "link": link, "hbm": memory}
     return KernelTime(launch + overlap(link, memory), terms)
@@ -231,7 +214,7 @@ def _wire(op: CollectiveTransfer, start: Num) -> Num:
     return op.wire_bytes() + start * op.num_bytes / op.num_ranks
 
 
-def _pair(a: Num, b: Num) -> Num:
+def pair(a: Num, b: Num) -> Num:
     """The 2-norm of two times."""
     return (a * a + b * b) ** 0.5
 
@@ -256,26 +239,30 @@ def over_cards(num_ranks: Num, device: Device) -> Condition:
     return (num_ranks > 2) & (device.form_factor or "").startswith(PCIE_CARD)
 
 
-def _link(num_ranks: Num, rates: Rates) -> tuple[Num, Condition]:
-    """Bandwidth that joins so many ranks, and whether that is PCI Express."""
+def link_of(op: CollectiveTransfer, rates: Rates) -> tuple[Num, Condition]:
+    """Bandwidth that joins a rank to its group, and whether that is PCI Express."""
+    each = op.ranks_per_node() if isinstance(op, ClusterCollective) else op.num_ranks
+    link, carded = link_share(rates, each * op.stride)
+    return link * op.mesh_frac, carded
+
+
+def link_share(rates: Rates, span: Num) -> tuple[Num, Condition]:
+    """The same for ranks that span so many places."""
     device = rates.device
     if not device.links:
         raise UnsupportedError(f"{device.id} has no link; give its spec file one")
-    carded = over_cards(num_ranks, device)
+    carded = over_cards(span, device)
     fastest = max(link.bytes_per_s for link in device.links)
     pcie = next((link.bytes_per_s for link in device.links if link.name == PCIE), fastest)
-    crossing = where(num_ranks > SOCKET_RANKS, SOCKET_FRAC, 1.0)
-    return rates.link_bytes_per_s * where(carded, pcie / fastest * crossing, 1.0), carded
+    return rates.link_bytes_per_s * where(carded, pcie / fastest, 1.0), carded
 
 
-def _reduces_in_switch(op: CollectiveTransfer, rates: Rates) -> bool:
-    """Has the device a switch that adds, and is the format one that it adds?"""
-    device = rates.device
-    major = (device.compute_capability or "").split(".")[0]
-    switched = any(link.name == "nvlink" for link in device.links)
-    cards = (device.form_factor or "").startswith(PCIE_CARD)
-    floating = not op.dtype.name.startswith("int")
-    return major in SWITCHED_REDUCTION and switched and not cards and floating
+def _between_sockets(op: CollectiveTransfer, link: Num, carded: Condition) -> Num:
+    """The most that passes where cards sit on two sockets; the link itself elsewhere."""
+    if op.root_bytes_per_s:
+        return where(carded, smaller(link, op.root_bytes_per_s + 0 * link), link)
+    far = np.greater(op.num_ranks * op.stride, SOCKET_RANKS) & np.asarray(carded, dtype=bool)
+    return link * where(far if isinstance(far, np.ndarray) else bool(far), SOCKET_FRAC, 1.0)
 
 
 MODEL: Final = KernelModel(
@@ -289,16 +276,4 @@ CUSTOM: Final = KernelModel(
     ops=(CustomAllReduce,),
     constants=CUSTOM_CONSTANTS,
     timing=custom_seconds,
-)
-CLUSTER: Final = KernelModel(
-    name="cluster_collective",
-    ops=(ClusterCollective,),
-    constants=CLUSTER_CONSTANTS,
-    timing=cluster_seconds,
-)
-EXPERTS: Final = KernelModel(
-    name="expert_exchange",
-    ops=(ExpertExchange,),
-    constants=EXPERT_CONSTANTS,
-    timing=expert_seconds,
 )

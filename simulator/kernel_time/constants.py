@@ -19,7 +19,10 @@ class Constant:
     these labels beside its base value; a run with a label never seen takes the base. `source`
     says where `start` is from; a constant with `fitted=False` keeps it on every device. One with
     `by_instruction` describes how well kernels drive the matrix units, and a new architecture
-    borrows it from those with the same kind of matrix instruction where there are any.
+    borrows it from those with the same kind of matrix instruction where there are any. One with
+    `lent` takes the mean of all devices whose rows told it where the donor's own rows did not: it
+    belongs to a way of running that only some of them were timed in (a plain send). `unlearned` is
+    what stands for one that no row of the donors could tell (a profiler's wait: none).
     """
 
     name: str
@@ -33,6 +36,8 @@ class Constant:
     source: str = FIT
     fitted: bool = True
     by_instruction: bool = False
+    lent: bool = False
+    unlearned: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.low <= self.start <= self.high:

@@ -33,6 +33,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from hwmodels.dtypes import DType
 from simulator.kernel_time.constants import Constant
 from simulator.kernel_time.model import COLD, Conditions, Constants, KernelModel, KernelTime
 from simulator.kernel_time.rates import Rates
@@ -50,8 +51,8 @@ TILES: Final = (
     (128, 128), (128, 256),
 )  # fmt: skip
 """Rows and columns of the tiles that grouped kernels are built with; experts have few rows."""
-_TILE_M: Final[Array] = np.array([tm for tm, _ in TILES], dtype=np.float64)
-_TILE_N: Final[Array] = np.array([tn for _, tn in TILES], dtype=np.float64)
+TILE_M: Final[Array] = np.array([tm for tm, _ in TILES], dtype=np.float64)
+TILE_N: Final[Array] = np.array([tn for _, tn in TILES], dtype=np.float64)
 
 KERNEL: Final = ("kernel",)
 PIPELINE: Final = ("kernel", "dtype")
@@ -115,27 +116,49 @@ def row_tiles(loads: Loads) -> Array:
     array([2., 1.])
     """
     rows, experts, hit = (v[..., None] for v in (loads.rows, loads.experts, loads.hit_frac))
-    tiles = np.where(rows < 1, np.maximum(hit, rows), np.ceil(rows / _TILE_M))
+    tiles = np.where(rows < 1, np.maximum(hit, rows), np.ceil(rows / TILE_M))
     return np.asarray((experts * tiles).sum(axis=-2), dtype=np.float64)
 
 
 def _product(
     op: MoeFfn, n: Num, k: Num, m_tiles: Array, weight_bytes: Num, rates: Rates, c: Constants
 ) -> tuple[Num, Num, Num]:
-    """Seconds of compute, of device memory and of both, of one grouped product's best tile."""
-    r = rates.lifted()
-    n, k, weight_bytes = (np.asarray(v)[..., None] for v in (n, k, weight_bytes))
+    """One product of the routed experts; their rows are gathered in routed order."""
     gathered = op.local_tokens() * op.hidden * op.dtype.bytes_per_element
+    return grouped_product(
+        op.dtype, n, k, m_tiles, weight_bytes, rates, c, stored=op.stored_dtype, gathered=gathered
+    )
+
+
+def grouped_product(
+    dtype: DType,
+    n: Num,
+    k: Num,
+    m_tiles: Array,
+    moved_bytes: Num,
+    rates: Rates,
+    c: Constants,
+    *,
+    stored: DType | None = None,
+    gathered: Num = 0.0,
+) -> tuple[Num, Num, Num]:
+    """Seconds of compute, of device memory and of both, of one grouped product's best tile.
+
+    `m_tiles` rows of tiles, one more axis at the end for the menu; `moved_bytes` cross device
+    memory; of the `gathered` bytes of rows, what the L2 cannot keep loads more slowly.
+    """
+    r, wide = rates.lifted(), dtype.bytes_per_element
+    n, k, moved_bytes = (np.asarray(v)[..., None] for v in (n, k, moved_bytes))
     missed = cold_frac(np.asarray(gathered)[..., None], c["l2_frac"] * r.l2_bytes)
-    peak = r.matmul_flops_per_s(op.dtype) / r.num_sms
-    mma = 2 * _TILE_M * _TILE_N * k * (1 + c["mma_loss"]) / peak
-    rows_bytes = _TILE_M * op.dtype.bytes_per_element * (1 + c["gather_loss"] * missed)
-    loaded = (rows_bytes + _TILE_N * op.stored_dtype.bytes_per_element) * k
+    peak = r.matmul_flops_per_s(dtype) / r.num_sms
+    mma = 2 * TILE_M * TILE_N * k * (1 + c["mma_loss"]) / peak
+    rows_bytes = TILE_M * wide * (1 + c["gather_loss"] * missed)
+    loaded = (rows_bytes + TILE_N * (stored or dtype).bytes_per_element) * k
     load = loaded / (c["feed_bytes_per_clk"] * r.clock_hz)
-    steps = np.ceil(k * op.dtype.bytes_per_element / STEP_BYTES)
+    steps = np.ceil(k * wide / STEP_BYTES)
     tile = overlap(mma, load) + c["step_s"] * steps + c["tile_s"]
-    compute = waves(m_tiles * np.ceil(n / _TILE_N), r.num_sms, c["ragged_frac"]) * tile
-    memory = dram_seconds(weight_bytes * (1 + c["hbm_loss"]), r.hbm_bytes_per_s, c["ramp_s"])
+    compute = waves(m_tiles * np.ceil(n / TILE_N), r.num_sms, c["ragged_frac"]) * tile
+    memory = dram_seconds(moved_bytes * (1 + c["hbm_loss"]), r.hbm_bytes_per_s, c["ramp_s"])
     busy = overlap(compute, memory)
     best = np.argmin(np.asarray(busy).real, axis=-1)[..., None]
     chosen = (_chosen(v, best) for v in np.broadcast_arrays(compute, memory, busy))

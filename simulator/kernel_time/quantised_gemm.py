@@ -73,7 +73,9 @@ def quantised_seconds(
 def labels(op: Op, conditions: Conditions) -> Mapping[str, str]:
     """The framework, and the format with the way its scales are shared."""
     assert isinstance(op, QuantisedMatmul)
-    scheme = f"{op.dtype}x{op.stored_dtype}/{op.scheme}"
+    # Published timings with scales by row go by the label of one scale per tensor.
+    shared = "tensor" if op.scheme == "row" else op.scheme
+    scheme = f"{op.dtype}x{op.stored_dtype}/{shared}"
     return {"kernel": conditions.kernel, "host": conditions.host, "scheme": scheme}
 
 

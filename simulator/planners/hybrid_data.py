@@ -41,9 +41,15 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from hwmodels.cluster import Cluster
+from hwmodels.dtypes import BF16
 from hwmodels.errors import InfeasibleError, InputError
+from simulator.exchange import kv_elements_per_token
 from simulator.planners.sequence_groups import best_fit
-from simulator.variable_length import Floats, Ints
+from simulator.sequence_parallel import PORT_FRAC
+from simulator.variable_length import Floats, Ints, kernel_seconds
+from workloads.models.activations import layer_bytes
+from workloads.models.config import TransformerConfig
 
 RING_PASSES: Final = 3
 """Times K and V travel: forward, backward, and as gradients."""
@@ -84,13 +90,17 @@ class RingCost:
         rate = np.where(d <= self.node_ranks, self.inside_bytes_per_s, self.outside_bytes_per_s)
         return np.asarray(RING_PASSES * self.kv_bytes * np.asarray(tokens) * (d - 1) / d / rate)
 
-    def unit_s(self, tokens: Floats | float, squares: Floats | float, degree: Ints | int) -> Floats:
-        """Seconds of sequences with that sum of lengths and of squared lengths on one ring."""
+    def unit_s(
+        self, tokens: Floats | float, squares: Floats | float, degree: Ints | int,
+        passed: float | None = None,
+    ) -> Floats:  # fmt: skip
+        """Seconds of sequences with that sum of lengths and of squared lengths on one ring.
+
+        `passed` tokens go round it; those of the sequences where left out.
+        """
         attention = self.square_s * np.asarray(squares) / degree
-        return np.asarray(
-            self.token_s * np.asarray(tokens) / degree
-            + np.maximum(attention, self.ring_s(tokens, degree))
-        )
+        ring = self.ring_s(tokens if passed is None else passed, degree)
+        return np.asarray(self.token_s * np.asarray(tokens) / degree + np.maximum(attention, ring))
 
     def offload_frac(self, length: Floats | Ints) -> Floats:
         """Share of the activations that the forward pass hides the copy of: (2)."""
@@ -144,17 +154,23 @@ class Schedule:
 
 
 def static_step(
-    held: Ints, cost: RingCost, *, num_ranks: int, rank_tokens: int, degree: int
-) -> Schedule:
-    """All rings of `degree` ranks; packs filled in the order sequences come, dealt in turn."""
+    held: Ints, cost: RingCost, *, num_ranks: int, rank_tokens: int, degree: int,
+    fill_frac: float = 1.0,
+) -> Schedule:  # fmt: skip
+    """All rings of `degree` ranks; packs filled in the order sequences come, dealt in turn.
+
+    Packs that are filled to less than all of their room, to `fill_frac` (a longer sequence has one
+    to itself), pass K and V of the whole room round: buffers have one size.
+    """
     if num_ranks % degree:
         raise InputError(f"rings of {degree} ranks do not divide {num_ranks}; give a divisor")
     _checked(held, num_ranks, rank_tokens)
     room = degree * rank_tokens
     if held.max() > room:
         raise InfeasibleError(f"{held.max()} tokens do not fit {degree} ranks of {rank_tokens}")
-    packs = [pack for pack in _in_order(held, room) if len(pack)]
-    units = [_unit(held, pack, degree, cost) for pack in packs]
+    packs = [pack for pack in _in_order(held, int(fill_frac * room)) if len(pack)]
+    passed = room if fill_frac < 1 else None
+    units = [_unit(held, pack, degree, cost, passed=passed) for pack in packs]
     return _scheduled(units, cost, num_ranks, BALANCED if len(units) < 2 else NAIVE)
 
 
@@ -208,9 +224,12 @@ def _checked(held: Ints, num_ranks: int, rank_tokens: int) -> None:
         raise InputError("give at least one rank of one token, and sequences of at least one token")
 
 
-def _unit(held: Ints, members: Ints, degree: int, cost: RingCost) -> Unit:
+def _unit(
+    held: Ints, members: Ints, degree: int, cost: RingCost, passed: float | None = None
+) -> Unit:
+    """A unit, with the tokens that it passes round where those are not its own."""
     own = held[members].astype(np.float64)
-    seconds = float(cost.unit_s(own.sum(), (own**2).sum(), degree))
+    seconds = float(cost.unit_s(own.sum(), (own**2).sum(), degree, passed))
     return Unit(members=members, degree=degree, seconds=seconds)
 
 
@@ -250,6 +269,32 @@ def _scheduled(units: Sequence[Unit], cost: RingCost, num_ranks: int, order: str
         starts=starts,
         num_ranks=num_ranks,
         fixed_s=cost.fixed_s,
+    )
+
+
+def predicted_ring_cost(
+    cfg: TransformerConfig, *, on: Cluster, host_bytes: float = 0.0
+) -> RingCost:
+    """Coefficients of a model that every rank holds whole, from the kernels' predictions.
+
+    `host_bytes` of host memory are a rank's to offload to; none where the cluster has no known
+    link to its host.
+    """
+    token_s, square_s = kernel_seconds(cfg, on=on)
+    host = on.side_levels[0].bytes_per_s if on.side_levels else 0.0
+    kind = next(iter(cfg.kinds))
+    kv_elements = cfg.num_layers * kv_elements_per_token(cfg)
+    return RingCost(
+        square_s=square_s,
+        token_s=token_s,
+        kv_bytes=float(kv_elements * BF16.bytes_per_element),
+        token_bytes=cfg.num_layers * float(layer_bytes(cfg, kind=kind, batch=1, len_seq=1)),
+        num_layers=cfg.num_layers,
+        node_ranks=on.accelerators_per_node,
+        inside_bytes_per_s=on.levels[0].bytes_per_s,
+        outside_bytes_per_s=PORT_FRAC * on.levels[-1].bytes_per_s,
+        host_bytes_per_s=host or 1.0,
+        host_bytes=host_bytes if host else 1.0,
     )
 
 

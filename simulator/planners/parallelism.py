@@ -1,12 +1,13 @@
 """Which plan trains or serves a model fastest: every plan of a stated space, evaluated at once.
 
-Space: all (dp, tp, pp, cp, ep, micro-batch, interleave, recompute, ZeRO stage) with
+Space: all (dp, tp, pp, cp, ep, etp, micro-batch, interleave, recompute, ZeRO stage) with
 
     dp tp pp cp = number of accelerators                                                   (1)
     tp divides the query heads and the accelerators of one innermost link group            (2)
     pp <= L; interleave 1 < v <= 8 needs pp > 1, pp v | L and pp | m                        (3)
-    cp is a power of two; 2 cp divides the new tokens of a sequence (zigzag)               (4)
-    ep divides the experts and dp cp                                                       (5)
+    cp is a power of two; 2 cp divides the new tokens of a sequence (zigzag); sequences    (4)
+    are split as asked, in every way that the model allows (`sequence_splits`)
+    ep divides the experts and dp cp; or, unsplit across tp > 1, dp cp tp (etp = 1)        (5)
     training: dp micro-batch | global batch (m is whole), micro-batch <= 16                (6)
     serving: dp pp | batch, one slot of sequences per replica and stage; v = 1, ZeRO 0     (7)
     ZeRO 2 and 3 only without a pipeline: a stage would exchange for every micro-batch     (8)
@@ -36,8 +37,10 @@ from hwmodels.errors import InfeasibleError, InputError
 from simulator.inference import inference_step
 from simulator.memory import MemoryEstimate, inference_memory, training_memory
 from simulator.pieces import StepEstimate
-from simulator.recipe import RECIPES, Recipe
+from simulator.planners.sequence_splits import ANY, Splits, pinned_splits, with_splits
+from simulator.recipe import RECIPES, Recipe, require_wide
 from simulator.stack import OnDevice
+from simulator.staged import StageCost, StageLayers
 from simulator.step import training_step
 from workloads.models.config import TransformerConfig
 from workloads.models.transformer import DECODE, Inference, TrainStep
@@ -45,8 +48,15 @@ from workloads.numeric import Array
 from workloads.plan import Plan, Recompute
 
 Step: TypeAlias = TrainStep | Inference
-Mesh: TypeAlias = tuple[int, int, int, int, int]
+Mesh: TypeAlias = tuple[int, int, int, int, int, int]
 
+COLUMNS: Final = (
+    "dp", "tp", "pp", "cp", "ep", "etp", "micro_batch", "interleave", "recompute", "zero_stage",
+)  # fmt: skip
+"""The fields of a plan that are searched: a mesh, then its schedule."""
+
+OPTIMAL, FEASIBLE = "optimal", "feasible"
+"""What a search proved of its answer."""
 MAX_MICRO_BATCH: Final = 16
 MAX_INTERLEAVE: Final = 8
 
@@ -57,11 +67,13 @@ communication library's buffers and fragmentation. An assumption, shown with eve
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """One feasible plan with its step and its memory."""
+    """One feasible plan with its step and its memory; `stages` where they are told one by one."""
 
     plan: Plan
     step: StepEstimate
     memory: MemoryEstimate
+    stages: tuple[StageLayers, ...] = ()
+    costs: tuple[StageCost, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +82,8 @@ class PlanChoice:
 
     `gap_frac` bounds how much faster any plan of the space could be: 0, all were evaluated.
     `feasible`, `seconds` and `total_bytes` hold every plan that fits, fastest first. `stack` is
-    the framework whose kernels they were timed with; None on the bound rung.
+    the framework whose kernels they were timed with; None on the bound rung. `status` is 'optimal'
+    where the gap is proven to be 0, else 'feasible'; `solve_s` are processor seconds.
     """
 
     cluster: Cluster
@@ -84,6 +97,8 @@ class PlanChoice:
     total_bytes: Array
     gap_frac: float = 0.0
     stack: OnDevice | None = None
+    status: str = OPTIMAL
+    solve_s: float = 0.0
 
     @property
     def plan(self) -> Plan:
@@ -121,23 +136,24 @@ def plan_parallelism(
     num_runners_up: int = 4,
     pins: Mapping[str, int] | None = None,
     stack: OnDevice | None = None,
+    splits: Splits = ANY,
 ) -> PlanChoice:
     """Evaluate the whole space; raise `InfeasibleError` with the way out where nothing fits.
 
     On the bound rung, or with a `stack` as that framework trains. For serving, `step.batch` is
     the number of sequences on the whole cluster. `pins` keeps only plans with the given field
-    values ({'tp': 8}).
+    values ({'tp': 8}); `splits` are the ways in which cp > 1 shares a sequence.
     """
     if not 0 < hbm_frac <= 1:
         raise InputError(f"HBM fraction {hbm_frac:g} must lie in (0, 1]")
     budget = on.device.hbm.capacity_bytes * hbm_frac
     evaluator = _evaluator(step, on, recipe, stack)
-    space = _pinned(plan_space(step, on=on), pins or {})
+    space = _asked(step, on, pins or {}, splits)
     memory = evaluator.memory(space)
     fits = np.flatnonzero(np.asarray(memory.total) <= budget)
     if not fits.size:
         raise InfeasibleError(
-            _why_nothing_fits(step, space, memory, budget, on, recipe, pins or {})
+            _why_nothing_fits(step, space, memory, budget, on, recipe, pins or {}, splits)
         )
     feasible, total = select(space, fits), np.asarray(memory.total)[fits]
     priced = evaluator.step(feasible)
@@ -168,6 +184,7 @@ def _evaluator(step: Step, on: Cluster, recipe: Recipe, stack: OnDevice | None) 
         )
     if stack is not None:
         raise InputError("a training framework does not serve; leave the stack out")
+    require_wide(recipe, step.phase)
 
     def slot(plan: Plan) -> Inference:
         return replace(step, batch=step.batch / (plan.dp * plan.pp))
@@ -187,35 +204,39 @@ def plan_space(step: Step, *, on: Cluster) -> Plan:
     ]
     if not rows:
         raise InfeasibleError(_why_no_plan(step, on))
-    columns = np.asarray(rows, dtype=np.float64).T
-    return Plan(**{f.name: c for f, c in zip(fields(Plan), columns, strict=True)})
+    searched = dict(zip(COLUMNS, np.asarray(rows, dtype=np.float64).T, strict=True))
+    usual = {f.name: np.full(len(rows), float(getattr(Plan(), f.name))) for f in fields(Plan)}
+    return Plan(**usual | searched)
 
 
 def meshes(cfg: TransformerConfig, *, on: Cluster, len_new: int) -> Iterator[Mesh]:
-    """(dp, tp, pp, cp, ep) with dp tp pp cp = the cluster's accelerators."""
+    """(dp, tp, pp, cp, ep, etp) with dp tp pp cp = the cluster's accelerators."""
     total = on.num_accelerators
     inner = math.gcd(int(min(on.levels[0].size, total)), cfg.attention.num_heads)
     num_experts = cfg.moe.num_experts if cfg.moe else 1
-    for tp in (t for t in _divisors(total) if inner % t == 0):
-        for pp in (p for p in _divisors(total // tp) if p <= cfg.num_layers):
-            for cp in (c for c in _divisors(total // (tp * pp)) if _power_of_two(c)):
+    for tp in (t for t in divisors(total) if inner % t == 0):
+        for pp in (p for p in divisors(total // tp) if p <= cfg.num_layers):
+            for cp in (c for c in divisors(total // (tp * pp)) if _power_of_two(c)):
                 if cp > 1 and len_new % (2 * cp):
                     continue
                 dp = total // (tp * pp * cp)
-                for ep in _divisors(math.gcd(num_experts, dp * cp)):
-                    yield dp, tp, pp, cp, ep
+                for ep in divisors(math.gcd(num_experts, dp * cp)):
+                    yield dp, tp, pp, cp, ep, 0
+                whole = divisors(math.gcd(num_experts, dp * cp * tp)) if tp > 1 else ()
+                for ep in (n for n in whole if n > 1):
+                    yield dp, tp, pp, cp, ep, 1
 
 
 def _schedules(mesh: Mesh, step: Step) -> Iterator[tuple[int, ...]]:
     """Training: the mesh with every micro-batch, interleave, recompute mode and ZeRO stage."""
     assert isinstance(step, TrainStep)
-    dp, _, pp, cp, _ = mesh
+    dp, _, pp, cp, _, _ = mesh
     batch, num_layers = int(step.global_batch), step.config.num_layers
     if batch % dp:
         return
     zero_stages = (0,) if dp * cp == 1 else (0, 1) if pp > 1 else (0, 1, 2, 3)
     modes = (int(Recompute.NONE), int(Recompute.FULL))
-    for micro in (b for b in _divisors(batch // dp) if b <= MAX_MICRO_BATCH):
+    for micro in (b for b in divisors(batch // dp) if b <= MAX_MICRO_BATCH):
         num_micro = batch // (dp * micro)
         chunks = [1]
         if pp > 1 and num_micro % pp == 0:
@@ -227,7 +248,7 @@ def _schedules(mesh: Mesh, step: Step) -> Iterator[tuple[int, ...]]:
 def _slots(mesh: Mesh, step: Step) -> Iterator[tuple[int, ...]]:
     """Serving: the mesh, if the batch fills every slot alike; cp only where a prompt is read."""
     assert isinstance(step, Inference)
-    dp, _, pp, cp, _ = mesh
+    dp, _, pp, cp, _, _ = mesh
     batch = int(step.batch)
     if batch % (dp * pp) or (cp > 1 and step.phase == DECODE):
         return
@@ -249,6 +270,21 @@ def select(plans: Plan, index: NDArray[np.intp]) -> Plan:
     return Plan(**{f.name: np.asarray(getattr(plans, f.name))[index] for f in fields(Plan)})
 
 
+def _asked(step: Step, on: Cluster, pins: Mapping[str, int], splits: Splits) -> Plan:
+    """The plans of the space that have the pinned values, their sequences split as asked."""
+    return narrowed(plan_space(step, on=on), step, pins, splits)
+
+
+def narrowed(space: Plan, step: Step, pins: Mapping[str, int], splits: Splits) -> Plan:
+    """Those of the plans that have the pinned values, their sequences split as asked."""
+    late = {k: v for k, v in pins.items() if k in ("sequence", "ulysses")}
+    early = {k: v for k, v in pins.items() if k not in late}
+    base = _pinned(space, early)
+    len_new = int(step.len_seq if isinstance(step, TrainStep) else step.len_new)
+    chosen = pinned_splits(late, splits)
+    return _pinned(with_splits(base, chosen, cfg=step.config, len_seq=len_new), late)
+
+
 def _pinned(plans: Plan, pins: Mapping[str, int]) -> Plan:
     """The plans that have the pinned values."""
     names = [f.name for f in fields(Plan)]
@@ -267,7 +303,7 @@ def _ranked(
     plans: Plan, seconds: NDArray[np.float64], upper_s: NDArray[np.float64]
 ) -> NDArray[np.intp]:
     """Fastest first; equal to a part in 1e9, the smaller upper bound, then the simpler plan."""
-    simpler = (plans.interleave, plans.ep, plans.cp, plans.pp, plans.tp)
+    simpler = (plans.interleave, plans.ep, plans.etp, plans.cp, plans.pp, plans.tp)
     leaner = (plans.zero_stage, plans.recompute)
     keys = (*simpler, *leaner, _rounded(upper_s), _rounded(seconds))
     return np.lexsort(tuple(np.asarray(k) for k in keys))
@@ -281,7 +317,7 @@ def _rounded(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _best_of_each_mesh(plans: Plan, order: NDArray[np.intp], count: int) -> Iterator[int]:
     seen: set[tuple[float, ...]] = set()
-    axes = [np.asarray(a) for a in (plans.dp, plans.tp, plans.pp, plans.cp, plans.ep)]
+    axes = [np.asarray(getattr(plans, name)) for name in (*COLUMNS[:6], "sequence", "ulysses")]
     for index in order:
         mesh = tuple(float(a[index]) for a in axes)
         if mesh not in seen:
@@ -310,6 +346,7 @@ def _why_nothing_fits(
     on: Cluster,
     recipe: Recipe,
     pins: Mapping[str, int],
+    splits: Splits,
 ) -> str:
     """The leanest plan and what would make it fit."""
     totals = np.asarray(memory.total)
@@ -321,7 +358,7 @@ def _why_nothing_fits(
         f"({leanest}) needs {totals.min() / 2**30:.1f} GiB per accelerator of a budget of "
         f"{budget / 2**30:.1f} GiB, mostly {largest} ({float(parts[largest]) / 2**30:.1f} GiB)"
     )
-    nodes = _nodes_that_fit(step, budget, on, recipe, pins)
+    nodes = _nodes_that_fit(step, budget, on, recipe, pins, splits)
     if nodes:
         return f"{text}; it fits on {nodes} nodes"
     loosen = "loosen a pin, " if pins else ""
@@ -329,7 +366,12 @@ def _why_nothing_fits(
 
 
 def _nodes_that_fit(
-    step: Step, budget: float, on: Cluster, recipe: Recipe, pins: Mapping[str, int]
+    step: Step,
+    budget: float,
+    on: Cluster,
+    recipe: Recipe,
+    pins: Mapping[str, int],
+    splits: Splits,
 ) -> int | None:
     """The first doubling of the cluster, up to 64 times, on which some plan fits."""
     for factor in (2, 4, 8, 16, 32, 64):
@@ -337,8 +379,8 @@ def _nodes_that_fit(
             return None
         larger = replace(on, num_nodes=on.num_nodes * factor)
         try:
-            space = _pinned(plan_space(step, on=larger), pins)
-        except InfeasibleError:
+            space = _asked(step, larger, pins, splits)
+        except (InfeasibleError, InputError):
             continue
         memory = _evaluator(step, larger, recipe, None).memory(space)
         if np.any(np.asarray(memory.total) <= budget):
@@ -346,7 +388,8 @@ def _nodes_that_fit(
     return None
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """All divisors, ascending."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
     return small + [number // d for d in reversed(small) if d * d != number]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -70,7 +71,8 @@ CLAIMS = {
 def examples_in_help() -> list[str]:
     texts = [main_module._main.__doc__ or ""]
     texts += [command.callback.__doc__ or "" for command in main_module.app.registered_commands]
-    lines = [line.strip() for text in texts for line in text.splitlines()]
+    joined = [re.sub(r"\\\n\s*", "", text) for text in texts]
+    lines = [line.strip() for text in joined for line in text.splitlines()]
     return [line for line in lines if line.startswith("ridgeplan ")]
 
 

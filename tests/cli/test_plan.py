@@ -75,7 +75,7 @@ def test_pieces_and_parts_add_up(job: tuple[str, ...], capsys: pytest.CaptureFix
     assert set(found) == {
         "version", "model", "phase", "len_seq", "global_batch", "cluster", "device", "num_nodes",
         "num_accelerators", "recipe", "budget_bytes", "rung", "stack",
-        "num_evaluated", "num_feasible",
+        "num_evaluated", "num_feasible", "status", "solve_s", "stages", "prices", "memory_curve",
         "gap_frac", "measured_over_bound", "plans",
     }  # fmt: skip
     assert (found["version"], found["rung"], found["gap_frac"]) == (1, "bound", 0.0)
@@ -444,7 +444,7 @@ def test_an_image_without_its_package_is_refused_before_the_search(
 def test_a_model_that_does_not_fit_says_by_how_much_and_what_would_help(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    giant = str(EXAMPLES / "llama3.1-405b.json")
+    giant = str(EXAMPLES / "llama3-405b.json")
     html = tmp_path / "a.html"
     job = ("plan", giant, *SMALL[2:])
     error = refused(capsys, *job, "--html", str(html), code=3)

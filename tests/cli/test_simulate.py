@@ -27,6 +27,41 @@ def test_json_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["plan"]["tp"] == 2 and found["tokens_per_s"] > 0
 
 
+def test_the_peak_of_memory_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*ASKED, "--pin", "tp=2", "--pin", "pp=2", "--json"]) == 0
+    memory = json.loads(capsys.readouterr().out)["memory"]
+    held = sum(a["bytes"] for a in memory["alive_at_peak"])
+    assert held == pytest.approx(memory["peak_bytes"]) and held < memory["capacity_bytes"]
+    assert {"weights", "optimizer", "activations"} <= {a["kind"] for a in memory["alive_at_peak"]}
+
+
+def test_an_interval_of_left_out_tables_surrounds_the_step(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = {}
+    for name in ("megatron", "bound"):
+        assert main([*ASKED, "--pin", "tp=2", "--stack", name, "--json"]) == 0
+        found[name] = json.loads(capsys.readouterr().out)
+    told = found["megatron"]
+    assert told["seconds_low_80"] < told["seconds"] < told["seconds_high_80"]
+    assert found["bound"]["seconds_low_80"] is None
+
+
+def test_a_step_waits_for_its_batch(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*ASKED, "--pin", "tp=2", "--data-loading", "90s", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["seconds"] == 90 and found["critical_s"]["load"] == 90
+
+
+def test_the_step_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "step.html"
+    assert main([*ASKED, "--pin", "pp=2", "--pin", "v=2", "--html", str(page)]) == 0
+    text = page.read_text(encoding="utf-8")
+    for words in ("weights gathered", "backward", "memory of stage 1", "optimizer"):
+        assert words in text
+    assert f"wrote {page}" in capsys.readouterr().out
+
+
 def test_a_trace_is_written_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "trace.json"
     assert main([*ASKED, "--pin", "pp=2", "--trace", str(file)]) == 0
@@ -50,6 +85,9 @@ def test_the_bound_is_faster_than_any_framework(capsys: pytest.CaptureFixture[st
         (["--schedule", "2f2b", "--pin", "pp=2"], 2, "unknown schedule '2f2b'"),
         (["--schedule", "dualpipe", "--pin", "pp=1"], 2, "even number of stages"),
         (["--pin", "tp=0"], 2, "not a whole number from 1 up"),
+        (["--data-loading", "fast"], 2, "--data-loading = 'fast'"),
+        (["--data-loading", "-3s"], 2, "loaded in -3 s; give a number of seconds from 0"),
+        (["--out", "step.gif"], 2, "no known format"),
         (["--trace", "no/such/folder/t.json"], 2, "no/such/folder"),
     ],
 )

@@ -14,7 +14,12 @@ from simulator.recipe import RECIPES, recipe
 from tests.simulator.pipelines import most_alive
 from workloads.models.activations import ends_bytes, layer_bytes
 from workloads.models.config import TransformerConfig, load_hf_config
-from workloads.models.parameters import count_parameters, layer_parameters, parameters_per_rank
+from workloads.models.parameters import (
+    count_parameters,
+    heads_per_rank,
+    layer_parameters,
+    parameters_per_rank,
+)
 from workloads.models.transformer import decode_step, prefill_step, train_step
 from workloads.plan import Plan, Recompute
 
@@ -170,6 +175,11 @@ def every_stage(
                 layer_bytes(cfg, kind=kind, batch=plan.micro_batch, len_seq=len_seq, plan=of)
             )
 
+        # Two chunks of K and V of the rank's heads, where a ring has ranks at all.
+        _, kv_heads = heads_per_rank(cfg.attention.num_heads, cfg.attention.num_kv_heads, plan.tp)
+        width = int(kv_heads) * (cfg.attention.head_dim + cfg.attention.v_head_dim)
+        tokens = plan.micro_batch * len_seq / plan.cp
+        passing = 2 * 2 * tokens * width if plan.cp > 1 else 0
         replicas = plan.dp * plan.cp
         z = int(plan.zero_stage)
         shard = -(-dense // replicas) + -(-experts // (replicas // plan.ep))
@@ -185,6 +195,7 @@ def every_stage(
                 "activations": alive * sum(kept(k, plan) for k in kinds),
                 "working set": redo if plan.recompute == Recompute.FULL else 0,
                 "ends": outside,
+                "sequence exchange": passing,
             }
         )
     return found

@@ -163,6 +163,22 @@ def test_what_makes_no_timeline_is_refused() -> None:
         stage_timeline(step, plan=Plan(pp=4), recipe=BF16, schedule=two)
     with pytest.raises(InputError, match="count from 0"):
         stage_timeline(step, plan=Plan(pp=2), recipe=BF16, schedule=two, stage=2)
+    three = schedule("interleaved", num_stages=3, num_micro_batches=9, num_chunks=2)
+    with pytest.raises(InputError, match="32 layers do not divide over 6"):
+        stage_timeline(step, plan=Plan(pp=3, interleave=2), recipe=BF16, schedule=three)
+
+
+def test_the_last_stage_holds_what_is_left() -> None:
+    """32 layers on 3 stages: 11, 11 and 10, one micro-batch in flight on the last."""
+    step = train_step(LLAMA, len_seq=128, global_batch=8)
     three = schedule("1f1b", num_stages=3, num_micro_batches=8)
-    with pytest.raises(InputError, match="32 layers do not divide over 3"):
-        stage_timeline(step, plan=Plan(pp=3), recipe=BF16, schedule=three)
+    lines = [
+        stage_timeline(step, plan=Plan(pp=3), recipe=BF16, schedule=three, stage=s)
+        for s in range(3)
+    ]
+    assert [line.peak_of(KEPT) / lines[2].peak_of(KEPT) for line in lines] == pytest.approx(
+        [3 * 11 / 10, 2 * 11 / 10, 1]
+    )
+    during, after = zip(*lines[0].by_pass(), strict=True)
+    assert max(during) == lines[0].peak_bytes and len(during) == 16
+    assert after[-1] == pytest.approx(sum(e.num_bytes for e in lines[0].events[:3]))

@@ -1,45 +1,68 @@
 """The time of an output token: what it is made of, what it grows with, what fits."""
 
+import random
 from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hwmodels.dtypes import FP8
 from hwmodels.errors import InputError
 from simulator.serving import (
     HOST,
     Host,
     Load,
     Terms,
-    cache_bytes,
     capacity,
     forward_pass,
     least_s,
     terms,
+    tpot_parts,
     tpot_s,
+    ttft_parts,
     ttft_s,
-    weight_bytes,
 )
-from simulator.serving_kernels import ENGINES, Formats, Linear
+from simulator.serving_kernels import ENGINES
+from simulator.serving_memory import cache_bytes, weight_bytes
 from tests.simulator.test_serving_kernels import DECODING, LATENT, LLAMA, served
 
-MADE = Host(step_s={"vllm": 1e-3, "sglang": 2e-3}, sequence_s=1e-5, interleave_mixed=1.0,
-            interleave_apart=0.5)  # fmt: skip
+MADE = Host(step_s={"vllm": 1e-3, "sglang": 2e-3}, sequence_s=1e-5, prompt_s=4e-3,
+            launch_s={"vllm": 5e-5, "sglang": 1e-4})  # fmt: skip
 LOAD = Load(concurrency=16, isl=1000, osl=500)
 
 
-def made(engine: str) -> Terms:
-    return Terms(engine=ENGINES[engine], batch=11, decode_s=10e-3, prompt_s=60e-3, extra_s=50e-3,
-                 prompts=10 / 500)  # fmt: skip
+def made(engine: str, load: Load = LOAD) -> Terms:
+    return Terms(engine=ENGINES[engine], load=load, batch=11, decode_s=10e-3, prompt_s=60e-3,
+                 extra_s=50e-3, prompts=10 / 500, decode_kernels=400,
+                 prompt_kernels=600)  # fmt: skip
 
 
 def test_an_output_token_by_hand() -> None:
-    assert tpot_s(made("vllm"), MADE) == pytest.approx(10e-3 + 1e-3 + 11e-5 + 1e-3)
-    apart = 10e-3 + 2e-3 + 11e-5 + 0.5 * (10 / 500) * (50e-3 + 2e-3)
+    step = 10e-3 + 1e-3 + 11e-5
+    assert tpot_s(made("vllm"), MADE) == pytest.approx(step + 10 / 500 * 54e-3)
+    apart = 10e-3 + 2e-3 + 11e-5 + 10 / 500 * (50e-3 + 2e-3 + 4e-3)
     assert tpot_s(made("sglang"), MADE) == pytest.approx(apart)
-    assert ttft_s(made("vllm"), MADE) == pytest.approx(60e-3 + 1e-3 + (10e-3 + 1e-3 + 11e-5) / 2)
+    first = 60e-3 + 1e-3 + 600 * 5e-5 + step / 2
+    assert ttft_s(made("vllm"), MADE) == pytest.approx(first)
+
+
+def test_what_a_run_does_to_its_tokens() -> None:
+    tenth, held = replace(LOAD, sent_frac=0.1), replace(LOAD, wait_steps=20)
+    assert tpot_s(made("vllm"), MADE) - tpot_s(made("vllm", tenth), MADE) == pytest.approx(9.9e-5)
+    step = 10e-3 + 1e-3 + 11e-5
+    waited = ttft_s(made("vllm", held), MADE) - ttft_s(made("vllm"), MADE)
+    assert waited == pytest.approx(20 * step)
+    eager = replace(LOAD, graphs=False)  # 400 launches of 50 us take 20 ms
+    assert tpot_s(made("vllm", eager), MADE) == pytest.approx(tpot_s(made("vllm"), MADE) + 10e-3)
+
+
+def test_parts_add_up() -> None:
+    found = terms(served(tp=2), LOAD)
+    assert sum(tpot_parts(found).values()) == pytest.approx(tpot_s(found))
+    assert sum(tpot_parts(made("sglang"), MADE).values()) == pytest.approx(
+        tpot_s(made("sglang"), MADE)
+    )
+    assert sum(ttft_parts(found).values()) == ttft_s(found)
 
 
 def test_an_engine_never_fitted_is_refused() -> None:
@@ -47,25 +70,12 @@ def test_an_engine_never_fitted_is_refused() -> None:
         tpot_s(made("trtllm"), MADE)
 
 
-def test_cache_and_weights_of_llama_by_hand() -> None:
-    one = served()
-    assert cache_bytes(one, 1000) == 32 * 2 * 8 * 128 * 1000 * 2
-    assert cache_bytes(served(tp=4), 1000) == 32 * 2 * 2 * 128 * 1000 * 2
-    windowed = served(replace(LLAMA, window=100, num_windowed_layers=16))
-    assert cache_bytes(windowed, 1000) == 2 * 8 * 128 * 2 * (16 * 1000 + 16 * 100)
-    assert cache_bytes(served(LATENT, tp=4, moe_tp=4), 10) == 32 * 576 * 10 * 2
-    assert weight_bytes(one) == pytest.approx(2 * 8.03e9, rel=1e-3)
-    half = Linear(dtype=FP8)
-    narrow = served(formats=Formats(attention=half, mlp=half))
-    assert weight_bytes(narrow) == pytest.approx(6.98e9 + 2 * 2 * 128256 * 4096, rel=1e-3)
-
-
 def test_no_more_requests_run_than_fit() -> None:
     setting = served()  # 80 GB with 16 GB of weights: about 340 requests of 1250 tokens
     load = replace(LOAD, concurrency=10_000)
     most = capacity(setting, load)
-    assert most == pytest.approx((0.9 * setting.device.hbm.capacity_bytes - weight_bytes(setting))
-                                 / cache_bytes(setting, 1250))  # fmt: skip
+    room = 0.9 * setting.device.hbm.capacity_bytes - weight_bytes(setting)
+    assert most == pytest.approx(room / cache_bytes(setting, 1250 + 7.5))  # half a page is empty
     assert terms(setting, load).batch == int(most)
     assert terms(setting, LOAD).batch == 16
     big = replace(LLAMA, num_layers=320)
@@ -80,6 +90,9 @@ def test_prompts_cost_decoding_sequences_what_the_engine_makes_of_them() -> None
     assert mixed.extra_s == pytest.approx(mixed.prompt_s - mixed.decode_s)
     assert apart.extra_s == apart.prompt_s
     assert mixed.prompts == apart.prompts == 15 / 500
+    in_step = replace(LOAD, together=True)
+    assert terms(served(), in_step).prompts == 15 / 500
+    assert terms(served(name="sglang"), in_step).prompts == 0.5 * 15 / 500
     alone = terms(served(), replace(LOAD, disaggregated=True))
     assert (alone.prompts, alone.extra_s) == (0, 0)
     assert tpot_s(alone) < tpot_s(mixed)
@@ -122,7 +135,80 @@ def test_more_requests_and_longer_prompts_take_longer(batch: int, isl: int) -> N
 
 
 def test_the_shipped_constants_are_physical() -> None:
-    assert set(HOST.step_s) == set(ENGINES)
+    assert set(HOST.step_s) == set(HOST.launch_s) == set(ENGINES)
     assert all(0 <= s < 5e-3 for s in HOST.step_s.values())
-    assert 0 <= HOST.sequence_s < 1e-4
-    assert 0.4 <= HOST.interleave_apart <= HOST.interleave_mixed <= 1.2
+    assert all(1e-6 < s < 1e-3 for s in HOST.launch_s.values())
+    assert 0 <= HOST.sequence_s < 1e-4 and 0 <= HOST.prompt_s < 0.05
+
+
+def test_stages_share_layers_and_keep_each_other_busy() -> None:
+    whole, halves = served(), served(pp=2)
+    busy = Load(concurrency=64, isl=1000, osl=500, disaggregated=True)
+    one, two = terms(whole, busy), terms(halves, busy)
+    half = terms(whole, replace(busy, concurrency=32))
+    assert two.decode_s > half.decode_s  # two slots of 32, one after the other in either stage
+    assert two.decode_s == pytest.approx(half.decode_s, rel=0.1)
+    assert two.decode_s < 1.5 * one.decode_s
+    lonely = terms(halves, replace(busy, concurrency=1))
+    assert lonely.decode_s > terms(whole, replace(busy, concurrency=1)).decode_s
+    assert terms(halves, replace(busy, disaggregated=False)).extra_s < 0.6 * (
+        terms(whole, replace(busy, disaggregated=False)).extra_s
+    )
+    with pytest.raises(InputError, match="33 stages are more than 32 layers"):
+        served(pp=33)
+
+
+@pytest.mark.parametrize(("concurrency", "isl", "osl"), [(0, 1, 1), (1, 0, 1), (1, 1, -1)])
+def test_loads_below_one_are_refused(concurrency: int, isl: int, osl: int) -> None:
+    with pytest.raises(InputError, match="none may be below 1"):
+        Load(concurrency=concurrency, isl=isl, osl=osl)
+
+
+def closed_loop(batch: int, isl: int, osl: int, *, mixes: bool, even: bool) -> float:
+    """Prompts met, as a share of the others, in a closed loop of 20 rounds with unit costs.
+
+    A scheduler as engines describe theirs: 8192 tokens a pass, first come first served; decoding 1
+    a pass, a prompt 10. `even`: outputs between 0.8 and 1 of `osl`.
+    """
+    rng, clock = random.Random(1), 0.0
+    done: list[float] = []
+    waiting = [isl] * batch  # tokens left of each prompt
+    running: list[list[float]] = []  # tokens left, tokens in all, time of the first
+    while len(done) < 20 * batch:
+        room = 8192 if waiting and not mixes else 8192 - len(running)
+        fresh, prompt = 0, 0
+        while waiting and room:
+            taken = min(room, waiting[0])
+            waiting[0] -= taken
+            room, prompt = room - taken, prompt + taken
+            if not waiting[0]:
+                waiting.pop(0)
+                fresh += 1
+        decodes = running if mixes or not prompt else []
+        clock += (1 if decodes else 0) + 10 * prompt / isl
+        for one in decodes:
+            one[0] -= 1
+        for one in [one for one in decodes if one[0] == 0]:
+            running.remove(one)
+            done.append((clock - one[2]) / (one[1] - 1))
+            waiting.append(isl)
+        for _ in range(fresh):
+            length = rng.randint(osl * 4 // 5, osl) if even else osl
+            running.append([length - 1, length, clock])
+    mean_osl = 0.9 * osl if even else osl
+    settled = done[len(done) // 2 :]
+    return (sum(settled) / len(settled) - 1) / (10 * (batch - 1) / mean_osl)
+
+
+@pytest.mark.parametrize(("batch", "isl", "osl"), [(16, 8192, 200), (32, 4096, 200)])
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+@pytest.mark.parametrize("together", [True, False])
+def test_the_prompts_met_are_those_of_a_closed_loop(
+    batch: int, isl: int, osl: int, engine: str, together: bool
+) -> None:
+    load = Load(concurrency=batch, isl=isl, osl=osl, together=together)
+    told = terms(served(name=engine), load).prompts * osl / (batch - 1)
+    mixes = ENGINES[engine].mixes
+    assert told == pytest.approx(
+        closed_loop(batch, isl, osl, mixes=mixes, even=not together), abs=0.1
+    )

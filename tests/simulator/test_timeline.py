@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from hwmodels import catalog
 from hwmodels.errors import InputError
-from hwmodels.step_factors import shipped_factors
 from simulator.recipe import RECIPES
 from simulator.schedule import DUALPIPE, GPIPE, ONE_F_ONE_B, ZERO_BUBBLE
-from simulator.stack import STACKS, Factors, OnDevice, factors_of
+from simulator.stack import STACKS, Factors, OnDevice
 from simulator.step import training_step
 from simulator.timeline import COMPUTE, GATHER, REDUCE, StepTimeline, simulate_training
-from workloads.models.config import load_hf_config
-from workloads.models.transformer import TrainStep, train_step
+from tests.simulator.random_plans import CLUSTERS, CONFIGS, random_cases
+from workloads.models.transformer import train_step
 from workloads.plan import Plan
 
-CONFIGS = [load_hf_config(f"examples/{name}.json") for name in ("llama3-8b", "gpt3-175b", "gpt2")]
-CLUSTERS = [catalog.cluster(name, nodes=16) for name in ("hgx-h100", "dgx-a100-80gb")]
 BF16 = RECIPES["bf16"]
 PLAIN = OnDevice(stack=STACKS["megatron"], factors=Factors())
 
@@ -35,51 +30,29 @@ def simulated(
     )
 
 
-def random_case(rng: random.Random) -> tuple[TrainStep, Plan, OnDevice, int] | None:
-    cfg, which = rng.choice(CONFIGS), rng.randrange(len(CLUSTERS))
-    tp, pp, dp = rng.choice([1, 2, 4, 8]), rng.choice([1, 1, 2, 4, 8]), rng.choice([1, 2, 8, 16])
-    v, mb = rng.choice([1, 1, 2, 4]) if pp > 1 else 1, rng.choice([1, 2, 4])
-    num_micro = pp * rng.choice([1, 2, 4, 8])
-    if cfg.num_layers % (pp * v) or tp * pp * dp > 128 or cfg.attention.num_heads % tp:
-        return None
-    plan = Plan(
-        dp=dp, tp=tp, pp=pp, micro_batch=mb, interleave=v, recompute=rng.choice([0, 1, 2]),
-        zero_stage=rng.choice([0, 1, 2, 3] if pp == 1 else [0, 1]),
-    )  # fmt: skip
-    framework, shipped = STACKS[rng.choice(list(STACKS))], shipped_factors()
-    assert shipped is not None
-    factors = factors_of(framework, CLUSTERS[which].device, shipped.values)
-    step = train_step(cfg, len_seq=rng.choice([1024, 2048, 8192]), global_batch=dp * mb * num_micro)
-    return step, plan, OnDevice(stack=framework, factors=factors), which
-
-
 def test_the_analytic_step_agrees_on_a_thousand_random_plans() -> None:
-    """Two per cent on nine in ten; the others exchange about as long as they compute, or longer."""
-    rng, off, unlike = random.Random(7), [], []
-    while len(off) < 1000:
-        case = random_case(rng)
-        if case is None:
-            continue
-        step, plan, stack, which = case
+    """Two per cent on nine in ten, five on all but a few. The others exchange about as long as they
+    compute, or have stages that wait for each other's slowed last passes: the sum of pieces holds
+    that hiding exchange never costs more than waiting for it, the timeline finds plans where it
+    does (one in a thousand by a fifth of the step).
+    """
+    off, unlike = [], []
+    for step, plan, stack, which in random_cases(7, 1000):
         asked = {"plan": plan, "on": CLUSTERS[which], "recipe": BF16, "stack": stack}
         found = simulate_training(step, **asked)  # type: ignore[arg-type]
         analytic = training_step(step, **asked)  # type: ignore[arg-type]
         off.append(found.seconds / float(analytic.seconds) - 1)
         if abs(off[-1]) > 0.02:
-            unlike.append(float(analytic.seconds_by_piece["data parallel"]) / found.seconds)
-    assert np.mean(np.abs(off) <= 0.02) > 0.88
-    assert np.mean(np.abs(off) <= 0.05) > 0.96 and np.abs(off).max() < 0.2
-    assert np.quantile(unlike, 0.1) > 0.02  # without exchange there is nothing to disagree on
+            pieces = analytic.seconds_by_piece
+            unlike.append(float(pieces["data parallel"] + pieces["head"]) / found.seconds)
+    assert np.mean(np.abs(off) <= 0.02) > 0.92
+    assert np.mean(np.abs(off) <= 0.05) > 0.98 and np.abs(off).max() < 0.21
+    # Equal stages that exchange nothing leave nothing to disagree on.
+    assert np.quantile(unlike, 0.1) > 0.02
 
 
 def test_a_step_lies_between_its_busiest_stage_and_everything_in_turn() -> None:
-    rng, count = random.Random(3), 0
-    while count < 60:
-        case = random_case(rng)
-        if case is None:
-            continue
-        count += 1
-        step, plan, stack, which = case
+    for step, plan, stack, which in random_cases(3, 200):
         found = simulate_training(step, plan=plan, on=CLUSTERS[which], recipe=BF16, stack=stack)
         tasks = found.timeline.tasks
         busiest = max(
@@ -120,11 +93,13 @@ def test_exchange_beside_passes_slows_them_by_its_share() -> None:
     felt = OnDevice(stack=STACKS["megatron"], factors=Factors(exposed=0.5))
     alone, beside = simulated(plan), simulated(plan, stack=felt)
     moved = sum(t.seconds for t in alone.timeline.tasks if t.kind in (GATHER, REDUCE))
-    assert beside.seconds - alone.seconds == pytest.approx(0.5 * moved, rel=0.1)
+    busy = beside.layers.felt / 0.5  # of that time, the links of the device itself
+    assert 0.2 < busy <= 1
+    assert beside.seconds - alone.seconds == pytest.approx(0.5 * busy * moved, rel=0.1)
 
 
 def test_the_critical_path_and_what_is_exposed() -> None:
-    found = simulated(Plan(dp=8, micro_batch=1, zero_stage=3))
+    found = simulated(Plan(dp=8, micro_batch=4, zero_stage=3))
     assert sum(found.critical_s().values()) == pytest.approx(found.seconds)
     assert found.critical_s()[COMPUTE] > 0.9 * found.seconds
     # Nothing runs beside the first layer's gather and the last layer's reduction.

@@ -8,10 +8,13 @@ from collections import Counter
 import pytest
 
 from simulator.engine import Task
-from simulator.pipeline import in_flight
+from simulator.recipe import RECIPES
+from simulator.step_memory import all_stages
 from simulator.timeline import SEND, StepTimeline
 from simulator.trace import trace_events
+from tests.simulator.random_plans import CONFIGS
 from tests.simulator.test_timeline import simulated
+from workloads.models.transformer import train_step
 from workloads.plan import Plan
 
 
@@ -55,12 +58,15 @@ def test_every_send_is_a_flow_with_both_ends(found: StepTimeline) -> None:
     assert flows == Counter((i, ph) for i in sends for ph in "sf")
 
 
-def test_the_counter_peaks_where_the_schedule_says(found: StepTimeline) -> None:
-    events = trace_events(found, bytes_in_flight=10.0)["traceEvents"]
-    for stage in range(4):
-        held = [e["args"]["bytes"] for e in events if e["ph"] == "C" and e["pid"] == stage]
-        assert max(held) == 10 * in_flight(found.schedule, stage)
-        assert held[-1] == 0
+def test_a_counter_tells_the_live_bytes_of_every_stage(found: StepTimeline) -> None:
+    step = train_step(CONFIGS[0], len_seq=2048, global_batch=16)
+    stages = list(all_stages(found, step, recipe=RECIPES["bf16"]))
+    events = trace_events(found, memory=stages)["traceEvents"]
+    for own in stages:
+        told = [e for e in events if e["ph"] == "C" and e["pid"] == own.stage]
+        assert max(e["args"]["bytes"] for e in told) == own.peak_bytes
+        times = [e["ts"] for e in told]
+        assert times == sorted(times) and times[-1] <= found.seconds * 1e6
 
 
 def test_it_is_json(found: StepTimeline) -> None:

@@ -122,3 +122,22 @@ def test_recomputing_costs_attention_a_second_forward_pass() -> None:
     wide = predicted_cost(cfg, on=half, len_max=393216)
     assert tight.recomputed_frac > 0 == wide.recomputed_frac
     assert 1 < tight.square_s / wide.square_s < 1 + tight.recomputed_frac
+
+
+def test_byted_ends_in_sequences_of_two_million_tokens() -> None:
+    """The paper's shares of the tokens: 44.3 % from 128K on, 37 % from 256K on, 12.1 % at 2M; of
+    the sequences 1 % (rounded) reach 128K and 0.05 % reach 2M: 8.7 thousand tokens on average."""
+    held = lengths("byted").sample(400_000, limit=2**21, seed=1).astype(float)
+    total = held.sum()
+    for length, share in ((2**17, 0.443), (2**18, 0.37)):
+        assert held[held > length].sum() / total == pytest.approx(share, abs=0.02)
+    assert held[held >= 2**21].sum() / total == pytest.approx(0.121, abs=0.02)
+    assert (held > 2**17).mean() == pytest.approx(0.0075, rel=0.2)
+    assert (held >= 2**21).mean() == pytest.approx(0.0005, rel=0.3)
+    assert held.mean() == pytest.approx(8670, rel=0.1)
+
+
+def test_a_tail_ends_at_the_limit() -> None:
+    held = lengths("byted").sample(50_000, limit=2**19, seed=2)
+    assert len(held) == 50_000 and held.max() <= 2**19
+    assert (held > 2**18).any()

@@ -14,22 +14,25 @@ from cli.main import main as ridgeplan
 from hwmodels import catalog
 from hwmodels.dtypes import BF16, FP8, MXFP4, MXFP8, NVFP4
 from hwmodels.errors import InputError
-from simulator.serving import Host, tpot_s
+from simulator.serving import PROMPT_TOKENS, Host, Load
 from simulator.serving_kernels import Layout
 from tests.validate.data import write_csv
 from validate.adapters import Uncounted
 from validate.measurement import STEPS, Measurement
-from validate.serving import compare_serving, fit, left_out, main, predicted_s
+from validate.serving import compare_serving, fit, left_out, main, predicted_s, ranges
 from validate.serving_report import kept, serving_markdown
 from validate.serving_rows import (
     DENSE,
     DRAFTING,
+    FLEET,
+    LIMIT,
     MOE,
     QUEUED,
     SAME_RUN,
     TOO_FAST,
     TPOT,
     TTFT,
+    Serving,
     read_servings,
     serving,
 )
@@ -110,16 +113,34 @@ def test_squares_are_the_group_they_name() -> None:
     assert "experts' tp times ep" in refused
 
 
-def test_a_fleet_is_read_by_the_batch_of_one_worker() -> None:
-    assert serving(made(split=AGG | {"concurrency": 256})).load.concurrency == 8
+def test_rows_that_do_not_say_an_engines_load_are_refused() -> None:
+    assert reason(made(split=AGG | {"concurrency": 256})) == FLEET
+    assert reason(made(split={k: v for k, v in AGG.items() if k != "concurrency"})) == LIMIT
+
+
+def test_runs_are_read_as_their_benchmark_documents() -> None:
+    big = LLAMA | {"name": "meta-llama/Llama-3.1-70B", "isl": 1024, "osl": 1024}
+    raced = serving(made(big, AGG | {"backend": "trtllm-1"}, 100.0)).load
+    assert (raced.isl, raced.osl, raced.together) == (922, 922, False)
+    assert (raced.sent_frac, raced.wait_steps) == (0.1, 20)
+    assert serving(made(big | {"osl": 8192}, AGG | {"backend": "trtllm-1"}, 100.0)).load == Load(
+        concurrency=8, isl=922, osl=7373, sent_frac=0.1
+    )
+    vllm = serving(made(big, value=100.0)).load
+    assert (vllm.sent_frac, vllm.wait_steps) == (0.0, 0.0)
+    own = serving(made(big | {"isl": 1000}, value=100.0)).load
+    assert own == Load(concurrency=8, isl=1000, osl=1024, together=True)
+    assert serving(made(LLAMA | {"osl": 1024})).load.together  # 8B is no model of that benchmark
 
 
 def test_disaggregated_rows_are_the_ranks_that_decode() -> None:
     split = {"mode": "disagg", "d_tp": 1, "d_dp": 8, "d_moe_ep": 8, "d_batch": 32, "p_tp": 4,
-             "backend": "sglang-0.5.8"}  # fmt: skip
+             "concurrency": 256, "backend": "sglang-0.5.8"}  # fmt: skip
     one = serving(made(DEEPSEEK, split, 40.0, gpu="B200-SXM"))
     assert one.served.layout == Layout(tp=1, attn_dp=8, moe_tp=1, moe_ep=8)
     assert (one.mode, one.load.concurrency, one.terms.prompts) == ("disagg", 32, 0)
+    unloaded = {k: v for k, v in split.items() if k != "concurrency"}
+    assert reason(made(DEEPSEEK, unloaded, gpu="B200-SXM")) == LIMIT
     del split["d_batch"]
     assert "no batch of the ranks that decode" in reason(made(DEEPSEEK, split, gpu="B200-SXM"))
 
@@ -134,7 +155,8 @@ def test_disaggregated_rows_are_the_ranks_that_decode() -> None:
         (made(LLAMA | {"layers": 1.5}), "layers is not a whole number"),
         (made(LLAMA | {"hidden": None}), "hidden is not a whole number"),
         (made({"name": "llama-3"}), "no"),
-        (made(split={"mode": "agg"}), "batch is not a whole number"),
+        (made(split={"mode": "agg"}), LIMIT),
+        (made(split=AGG | {"batch": 0.5}), "batch is not a whole number"),
         (made(split=AGG | {"moe_ep": "two"}), "moe_ep is not a whole number"),
         (made(LLAMA | {"mla": 1}), "ranks of latent attention"),
         (made(value=0.5), TOO_FAST),
@@ -161,26 +183,40 @@ def rows() -> list[Measurement]:
         for batch in (1, 4, 16, 64):
             for isl, osl in ((1024, 1024), (4096, 128), (512, 64)):
                 split = AGG | {"backend": f"{engine}-1", "batch": batch, "concurrency": batch}
-                row = made(LLAMA | {"isl": isl, "osl": osl}, split, 1e3)
-                value = 1e3 * tpot_s(serving(row).terms, TRUTH)
-                found.append(replace(row, params=dict(row.params) | {"value": value}))
+                for metric in (TPOT, TTFT):
+                    row = made(LLAMA | {"isl": isl, "osl": osl}, split, 1e3, metric=metric)
+                    if metric == TTFT and batch * isl > PROMPT_TOKENS:
+                        continue
+                    value = 1e3 * predicted_s(serving(row), TRUTH)
+                    found.append(replace(row, params=dict(row.params) | {"value": value}))
     return found
 
 
-TRUTH = Host(step_s={"trtllm": 4e-4, "vllm": 2e-3, "sglang": 8e-4}, sequence_s=2e-5,
-             interleave_mixed=0.9, interleave_apart=0.6)  # fmt: skip
+TRUTH = Host(step_s={"trtllm": 4e-4, "vllm": 2e-3, "sglang": 8e-4}, sequence_s=2e-5, prompt_s=6e-3,
+             launch_s={"trtllm": 5e-5, "vllm": 1e-4, "sglang": 2e-4})  # fmt: skip
+
+
+def both(given: list[Measurement]) -> list[Serving]:
+    return [one for metric in (TPOT, TTFT) for one in read_servings(given, metric=metric)[0]]
 
 
 def test_the_fit_finds_the_constants_that_made_the_figures() -> None:
-    found, others = read_servings(rows())
-    assert len(found) == 36 and not others
+    found = both(rows())
+    assert len(found) == 36 + 18
     host = fit(found)
     assert host.step_s == pytest.approx(TRUTH.step_s, rel=1e-2)
     assert host.sequence_s == pytest.approx(TRUTH.sequence_s, rel=1e-2)
-    assert host.interleave_mixed == pytest.approx(0.9, rel=1e-2)
-    assert host.interleave_apart == pytest.approx(0.6, rel=1e-2)
+    assert host.prompt_s == pytest.approx(TRUTH.prompt_s, rel=1e-2)
+    assert host.launch_s == pytest.approx(TRUTH.launch_s, rel=1e-2)
     with pytest.raises(InputError, match="no serving figure to fit on"):
         fit([])
+
+
+def test_ranges_are_of_models_left_out() -> None:
+    other = LLAMA | {"name": "meta-llama/Llama-3.1-405B", "layers": 16}
+    slow = [made(other | {"osl": osl}, value=60.0) for osl in (256, 512, 1024)]
+    low, high = ranges(both(rows() + slow))[TPOT]
+    assert 0 < low < high < 0.5  # nine tenths are the model that slow ones tell nothing of
 
 
 def test_what_is_left_out_is_not_fitted_on() -> None:
@@ -188,13 +224,13 @@ def test_what_is_left_out_is_not_fitted_on() -> None:
     tables = dict(left_out(found, lambda s: s.served.engine.name))
     assert set(tables) == {"sglang", "trtllm", "vllm"}
     assert tables["vllm"].n == 12
-    assert tables["vllm"].mape > 0.05  # its host was never seen: the shipped 0 is not 2 ms
+    assert tables["vllm"].mape > 0.05  # its host was never seen: the others' mean is not 2 ms
 
 
 def test_a_comparison_counts_every_row_and_its_errors_by_hand() -> None:
     good = made(value=1.0)
     exact = 1e3 * predicted_s(serving(made()))
-    given = [made(value=exact), made(split=AGG | {"concurrency": 16, "batch": 8}, value=2 * exact),
+    given = [made(value=exact), made(split=AGG | {"concurrency": 8.0}, value=2 * exact),
              good, made(metric=TTFT, value=100.0)]  # fmt: skip
     found = compare_serving(given)
     assert found.num_rows == 4
@@ -226,7 +262,7 @@ def test_the_command_fits_and_prints(tmp_path: Path, capsys: pytest.CaptureFixtu
     as_csv(rows(), tmp_path)
     assert main([str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "interleave_mixed" in out and "without GPU" not in out.splitlines()[0]
+    assert "prompt_s" in out and "without GPU" not in out.splitlines()[0]
     assert main([str(tmp_path / "none")]) == 2
     assert "validate.serving: error:" in capsys.readouterr().err
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import datetime
 import json
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hwmodels import step_factors
+from hwmodels import catalog, step_factors
+from hwmodels.device import Device
 from hwmodels.errors import SpecError
 from hwmodels.step_factors import FACTORS_FILE, read_step_factors
 from simulator.stack import factor_names, prior_of, stack
@@ -19,7 +21,18 @@ from validate.measurement import Measurement
 from validate.report import step_model_markdown
 from validate.runs import Run, read_runs
 from validate.step_accuracy import step_accuracy
-from validate.step_fit import document, fit, group_of, left_out, main, predicted_s
+from validate.step_fit import (
+    document,
+    fit,
+    fitted_runs,
+    group_of,
+    left_out,
+    main,
+    median_mfu,
+    mfu_of,
+    predicted_s,
+    robust,
+)
 from validate.trainers import trainer_of
 
 DAY = datetime.date(2026, 11, 21)
@@ -42,8 +55,6 @@ def made_up_rows() -> list[Measurement]:
 
 def timed(rows: list[Measurement], values: dict[str, float]) -> list[Run]:
     """The runs of the rows, as long as the model says with those factors."""
-    import dataclasses
-
     return [dataclasses.replace(r, seconds=predicted_s(r, values)) for r in read_runs(rows)[0]]
 
 
@@ -62,6 +73,49 @@ def test_runs_at_the_priors_stay_there() -> None:
     found = fit(timed(made_up_rows(), {}))
     for name, value in found.values.items():
         assert value == pytest.approx(prior_of(name)[0], rel=1e-3)
+
+
+def test_a_run_far_from_all_others_counts_little() -> None:
+    """z = 20: R sqrt(ln(1 + 100)) with R = 2 is 4.3; small residuals stay as they are."""
+    assert robust(np.array([0.1, -0.1])) == pytest.approx([0.1, -0.1], rel=2e-3)
+    assert robust(np.array([20.0, -20.0])) == pytest.approx([4.297, -4.297], rel=1e-3)
+    runs = timed(made_up_rows(), {})
+    odd = [dataclasses.replace(runs[0], seconds=2 * runs[0].seconds), *runs[1:]]
+    assert np.abs(fit(odd).errors[1:]).max() < 0.05
+
+
+def test_a_search_from_elsewhere_ends_at_the_same_factors() -> None:
+    runs = timed(made_up_rows(), {"product/h100-sxm": 1.3})
+    first, again = fit(runs).values, fit(runs, {"product/h100-sxm": 1.5, "attention": 0.8}).values
+    assert again == pytest.approx(first, rel=0.02)
+
+
+def test_only_dense_models_in_16_bits_are_fitted_on() -> None:
+    rows = [*made_up_rows(), training_row(1.0, source=FOUNDRY, precision="amp_fp8"),
+            training_row(1.0, source="made/up")]  # fmt: skip
+    assert [r.row for r in fitted_runs(rows)] == rows[:6]
+
+
+def test_one_share_of_the_peak_is_the_median_of_a_device() -> None:
+    """6 N per token and half of 12 L h s: 989.4 Tflop/s on each of 8 GPUs."""
+    (run,), _ = read_runs([training_row(10.0, source=FOUNDRY)])
+    assert mfu_of(run) == pytest.approx(float(run.step.model_flops) / (10 * 8 * 989.4e12))
+    slow = dataclasses.replace(run, seconds=40.0)
+    medians = median_mfu([run, slow, dataclasses.replace(run, seconds=20.0)])
+    assert medians == {"h100-sxm": pytest.approx(mfu_of(run) / 2)}
+
+
+def test_runs_that_no_fit_has_seen_are_added_up(tmp_path: Path) -> None:
+    rows = made_up_rows()
+    path = tmp_path / "factors.json"
+    path.write_text(json.dumps(document(rows[:4], on=DAY)))
+    found = read_step_factors(path)
+    table, total = step_accuracy(rows, found)
+    assert (table.n, table.fitted) == (6, 4)
+    assert (total.source, total.n, total.fitted) == ("all dense, 16 bits", 2, 0)
+    assert table.mfu_mape is not None and total.mfu_mape is not None
+    mfu = [mfu_of(r) / found.mfu["h100-sxm"] - 1 for r in read_runs(rows)[0]]
+    assert table.mfu_mape == pytest.approx(np.abs(mfu).mean())
 
 
 def test_a_table_left_out_is_predicted_by_the_others() -> None:
@@ -96,9 +150,11 @@ def test_a_run_with_an_open_micro_batch_takes_the_fastest_that_fits() -> None:
 @pytest.mark.parametrize(
     ("source", "layout", "name"),
     [
-        ("llm-foundry/x", {}, "llm-foundry"),
-        ("calculon/y", {}, "megatron-2022"),
-        ("megatron-lm/sc21_table", {}, "megatron-2022"),
+        ("llm-foundry/x", {}, "llm-foundry-torch1"),
+        ("calculon/y", {"seq_par": 1}, "megatron-2022"),
+        ("calculon/y", {"seq_par": 0}, "megatron-2022-whole"),
+        ("megatron-lm/sc21_table", {"pp": 1}, "megatron-2021-ddp"),
+        ("megatron-lm/sc21_table", {"pp": 2}, "megatron-2021"),
         ("torchtitan/2024-12", {"compile": 0}, "torchtitan"),
         ("torchtitan/2025-06", {"compile": 1, "async_tp": 1}, "torchtitan-async-tp"),
         ("made/up", {}, None),
@@ -116,7 +172,7 @@ def test_the_document_is_what_the_reader_reads(tmp_path: Path) -> None:
     path.write_text(json.dumps(written))
     found = read_step_factors(path)
     assert found.num_runs == len(rows) and found.date == DAY
-    assert set(found.values) == set(factor_names(stack("llm-foundry"), _h100()))
+    assert set(found.values) == set(factor_names(stack("llm-foundry-torch1"), _h100()))
     (table,) = step_accuracy(rows, found)
     assert table.n == table.fitted == len(rows) and table.assumed == 0
     assert table.mape == pytest.approx(
@@ -125,9 +181,7 @@ def test_the_document_is_what_the_reader_reads(tmp_path: Path) -> None:
     assert "| llm-foundry | H100-SXM-80GB | 6 |" in step_model_markdown([table])
 
 
-def _h100() -> object:
-    from hwmodels import catalog
-
+def _h100() -> Device:
     return catalog.device("h100-sxm")
 
 

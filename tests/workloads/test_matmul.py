@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hwmodels.dtypes import BF16, FP8, FP16, FP32, FP64
 from hwmodels.errors import InputError
 from tests.workloads.proof import assert_proved, proves
+from workloads.ops.grouped_matmul import GroupedMatmul
 from workloads.ops.matmul import A_STAYS, B_STAYS, C_STAYS, BatchedMatmul, Matmul
 
 shapes = st.builds(
@@ -88,3 +89,20 @@ def test_bad_sizes_are_refused(bad: object) -> None:
 def test_too_small_a_fast_memory_is_refused() -> None:
     with pytest.raises(InputError, match="cannot hold"):
         Matmul(m=8, n=8, k=8).work(16)
+
+
+@proves("grouped_matmul", shapes=200)
+@given(
+    op=st.builds(
+        GroupedMatmul,
+        m=st.integers(1, 20),
+        n=st.integers(1, 20),
+        k=st.integers(1, 20),
+        batch=st.integers(1, 4),
+        dtype=st.sampled_from([BF16, FP8]),
+        out_dtype=st.sampled_from([None, FP32]),
+    ),
+    fast_bytes=st.integers(600, 20_000),
+)
+def test_groups_are_counted_like_their_products(op: GroupedMatmul, fast_bytes: int) -> None:
+    assert_proved(op, fast_bytes)

@@ -20,11 +20,12 @@ from workloads.plan import Plan
 EXACT = {
     "llama3-8b": 8_030_261_248,
     "llama3-70b": 70_553_706_496,
-    "llama3.1-405b": 405_853_388_800,
+    "llama3-405b": 405_853_388_800,
     "mistral-7b-v0.1": 7_241_732_096,
     "mixtral-8x7b": 46_702_792_704,
     "gpt2": 124_439_808,
     "gpt3-175b": 174_604_259_328,
+    "megatron-1t": 12 * 128 * 25600**2 + 13 * 128 * 25600 + (51200 + 2048 + 2) * 25600,
     "opt-6.7b": 6_658_473_984,
     "qwen2.5-7b": 7_615_616_512,
     "qwen3-8b": 8_190_735_360,
@@ -32,8 +33,10 @@ EXACT = {
     "gemma-7b": 8_537_680_896,
     "gemma-2-9b": 9_241_705_984,
     "deepseek-v3": 671_026_419_200,
+    "linear-llama3-1b": 2 * 128_256 * 2048 + 16 * (4 * 2048**2 + 3 * 2048 * 5504) + 33 * 2048,
 }
-"""Parameters of the published checkpoints; DeepSeek-V3 without its MTP module."""
+"""Parameters of the published checkpoints; DeepSeek-V3 without its MTP module, LASP-2's model by
+its sizes, GPT-1T by Narayanan et al.'s equation 2 (1008.0 billion), and the last norm's bias."""
 
 ACTIVE = {"mixtral-8x7b": 12_879_925_248, "qwen3-30b-a3b": 3_353_032_704}
 

@@ -19,6 +19,7 @@ from workloads.models.transformer import (
     prefill_step,
     train_step,
 )
+from workloads.ops.matmul import Matmul
 from workloads.plan import Plan
 from workloads.workload import BACKWARD, FORWARD, OPTIMIZER, Workload
 
@@ -195,7 +196,7 @@ def test_the_graph_is_acyclic_and_connected(name: str, kind: str) -> None:
 def test_nothing_waits_for_a_weight_gradient(name: str, kind: str) -> None:
     one = layer(example(name), kind=kind, batch=1, len_q=64, training=True)
     waited_for = {a for node in one for a in node.after}
-    products = [n for n in one.select(phase=FORWARD) if n.op.name == "matmul"]
+    products = [n for n in one.select(phase=FORWARD) if isinstance(n.op, Matmul)]
     for node in products:
         assert f"{node.name}.wgrad" not in waited_for
         dgrad, wgrad = one[f"{node.name}.dgrad"], one[f"{node.name}.wgrad"]
@@ -207,7 +208,7 @@ def test_nothing_waits_for_a_weight_gradient(name: str, kind: str) -> None:
 def test_every_forward_map_has_its_backward() -> None:
     one = layer(example("deepseek-v3"), kind="moe", batch=1, len_q=64, training=True)
     for node in one.select(phase=FORWARD):
-        suffix = "dgrad" if node.op.name == "matmul" else "backward"
+        suffix = "dgrad" if isinstance(node.op, Matmul) else "backward"
         assert (node.part == "residual") != (f"{node.name}.{suffix}" in one.graph)
     assert one["kv_a"].after == ("attention_norm",)
     assert set(one["attention_norm.backward"].after) == {"q_a.dgrad", "kv_a.dgrad"}

@@ -21,6 +21,7 @@ import numpy as np
 
 from hwmodels.dtypes import BF16, FP32, DType
 from workloads.models.architecture import LatentAttention, TransformerConfig
+from workloads.models.experts import load_of
 from workloads.models.parameters import heads_per_rank, moe_of
 from workloads.numeric import Condition, Num, ceil_div, minimum, where
 from workloads.plan import Plan, Recompute
@@ -64,6 +65,7 @@ def saved_tensors(
     kind: str = "dense",
     len_seq: Num,
     tp: Num = 1,
+    etp: Num | None = None,
     materialised: bool = False,
     dropout: bool = False,
     dtype: DType = BF16,
@@ -87,7 +89,7 @@ def saved_tensors(
     if moe is None:
         tensors += _block(cfg, "mlp", ceil_div(cfg.mlp.ffn_dim, tp), e)
     else:
-        tensors += _experts(cfg, tp, e)
+        tensors += _experts(cfg, tp, tp if etp is None else etp, e)
     if cfg.norms_per_layer == 4:
         tensors.append(_rows("mlp_post_norm.input", whole, e))
     if dropout:
@@ -138,7 +140,8 @@ def _scores(
     q, _ = heads_per_rank(spec.num_heads, spec.num_kv_heads, tp)
     out = _split("attention.output", q * spec.v_head_dim, e)
     if not materialised:
-        return [out, _split("attention.logsumexp", q, FP32.bytes_per_element)]
+        rows = q if not cfg.num_linear_layers else q * (1 - cfg.linear_frac)
+        return [out, _split("attention.logsumexp", rows, FP32.bytes_per_element)]
     tensors = [out, _split("softmax.output", q * len_seq, e, recomputed=True)]
     if dropout:
         tensors.append(_split("softmax.dropout_mask", q * len_seq, MASK_BYTES, recomputed=True))
@@ -158,15 +161,19 @@ def _block(cfg: TransformerConfig, name: str, width: Num, e: float) -> list[Save
     return [_split(f"{name}.activation.input", inputs * width, e), output]
 
 
-def _experts(cfg: TransformerConfig, tp: Num, e: float) -> list[SavedTensor]:
-    """Router logits, the rows each expert got, their widened forms, the outputs to be weighted."""
+def _experts(cfg: TransformerConfig, tp: Num, etp: Num, e: float) -> list[SavedTensor]:
+    """Router logits, the rows each expert got, their widened forms, the outputs to be weighted.
+
+    A rank's experts get the rows of etp shards of the sequence (`workloads.models.experts`).
+    """
     moe = cfg.moe
     assert moe is not None
-    rows = moe.num_active * cfg.hidden_dim
+    rows, share = moe.num_active * cfg.hidden_dim, etp / tp * load_of(moe)
+    width = moe.num_active * ceil_div(moe.expert_ffn_dim, etp)
     tensors = [
         _rows("router.logits", moe.num_experts, FP32.bytes_per_element),
-        _split("experts.input", rows, e),
-        *_block(cfg, "experts", moe.num_active * ceil_div(moe.expert_ffn_dim, tp), e),
+        _split("experts.input", share * rows, e),
+        *_block(cfg, "experts", share * width, e),
         _rows("experts.output", rows, e),
     ]
     if moe.shared_ffn_dim:
@@ -204,6 +211,7 @@ def layer_bytes(
         kind=kind,
         len_seq=len_seq,
         tp=plan.tp,
+        etp=plan.expert_tp,
         materialised=materialised,
         dropout=dropout,
         dtype=dtype,

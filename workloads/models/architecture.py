@@ -89,7 +89,13 @@ class Moe:
     """Mixture of experts; each expert has the form of the config's `mlp` without bias.
 
     `layers` are the indices of the layers that have it. `shared_ffn_dim` is the width of all
-    shared experts together; `router_bias` the per-expert correction of DeepSeek-V3.
+    shared experts together; `router_bias` the per-expert correction of DeepSeek-V3. A token's
+    choices lie in `num_open_groups` of `num_groups` groups of experts.
+
+    How tokens spread: `imbalance` is the rows of the most loaded rank over the mean, 1 where the
+    router is forced to balance. With a `capacity_factor` each expert takes that many times its mean
+    share, is padded up to it and drops the rest (Lepikhin et al. 2020, arXiv 2006.16668, section
+    2.2); 0: no token is dropped.
     """
 
     num_experts: int
@@ -99,12 +105,31 @@ class Moe:
     num_shared_experts: int = 0
     shared_ffn_dim: int = 0
     router_bias: bool = False
+    num_groups: int = 1
+    num_open_groups: int = 1
+    imbalance: float = 1.0
+    capacity_factor: float = 0.0
 
     def __post_init__(self) -> None:
         if self.num_active > self.num_experts:
             raise InputError(
                 f"{self.num_active} active experts of {self.num_experts}; "
                 "a token cannot choose more experts than there are"
+            )
+        if not 1 <= self.imbalance <= self.num_experts / self.num_active:
+            raise InputError(
+                f"imbalance {self.imbalance:g} must lie between 1 and "
+                f"{self.num_experts / self.num_active:g}, where all tokens choose the same experts"
+            )
+        if not 0 <= self.capacity_factor <= self.num_experts / self.num_active:
+            raise InputError(
+                f"capacity factor {self.capacity_factor:g} must lie between 0 (no token dropped) "
+                f"and {self.num_experts / self.num_active:g}, where none can be"
+            )
+        if not 1 <= self.num_open_groups <= self.num_groups or self.num_experts % self.num_groups:
+            raise InputError(
+                f"{self.num_open_groups} open of {self.num_groups} groups of {self.num_experts} "
+                "experts; groups must divide the experts, and at most all be open"
             )
 
 
@@ -115,7 +140,10 @@ class TransformerConfig:
     `norms_per_layer` counts the norms over `hidden_dim` in one layer: 2, or 4 where each block
     also normalises its output. `num_positions` rows of learned positions (0: none). The embedding
     has `embedding_dim` columns and is projected where that differs from `hidden_dim`.
-    `num_windowed_layers` layers see only the last `window` positions.
+    `num_windowed_layers` layers see only the last `window` positions; `num_linear_layers` have
+    linear attention (a state of head_dim x head_dim a head, no softmax, no decay). In training,
+    `num_mtp` modules of multi-token prediction follow the last layer (DeepSeek-V3, arXiv
+    2412.19437, section 2.2), each a projection, a layer of the last kind and a use of the head.
     """
 
     name: str
@@ -134,8 +162,12 @@ class TransformerConfig:
     embedding_dim: int = 0
     window: int | None = None
     num_windowed_layers: int = 0
+    num_linear_layers: int = 0
+    num_mtp: int = 0
 
     def __post_init__(self) -> None:
+        if self.num_linear_layers and isinstance(self.attention, LatentAttention):
+            raise InputError("linear layers with latent attention are not modelled; leave one out")
         if not self.embedding_dim:
             object.__setattr__(self, "embedding_dim", self.hidden_dim)
 
@@ -156,9 +188,19 @@ class TransformerConfig:
         return {kind: count for kind, count in both.items() if count}
 
     @property
+    def last_kind(self) -> str:
+        """Kind of the last layer, and of what a module of multi-token prediction repeats."""
+        return "moe" if self.moe and self.num_layers - 1 in self.moe.layers else "dense"
+
+    @property
     def windowed_frac(self) -> float:
         """Fraction of the layers whose attention is windowed."""
         return self.num_windowed_layers / self.num_layers if self.window else 0.0
+
+    @property
+    def linear_frac(self) -> float:
+        """Fraction of the layers whose attention is linear."""
+        return self.num_linear_layers / self.num_layers
 
     @property
     def norm_dim(self) -> int:

@@ -69,6 +69,7 @@ class Rank:
     absorbed: bool
     dtype: DType
     fused: bool = True
+    sequence_parallel: bool = True
 
     @property
     def tokens(self) -> Num:
@@ -77,8 +78,8 @@ class Rank:
 
     @property
     def rows(self) -> Num:
-        """Its share of them where the sequence is split over tp."""
-        return ceil_div(self.tokens, self.plan.tp)
+        """Its share of them where the sequence is split over tp; all of them where it is not."""
+        return ceil_div(self.tokens, self.plan.tp) if self.sequence_parallel else self.tokens
 
 
 def unrolled(name: str, steps: Sequence[Step], training: bool) -> Workload:

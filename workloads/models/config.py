@@ -6,6 +6,7 @@ values, token ids). A key that its configuration class may leave out takes that 
 
     all families         num_key_value_heads = num_attention_heads, head_dim = hidden_size /
                          num_attention_heads, biases false, tie_word_embeddings false
+    llama                layer_types: entries 'linear_attention' are counted (none)
     mistral, mixtral     num_key_value_heads 8; mistral: sliding_window 4096 on every layer
     qwen2, qwen3         num_key_value_heads 32; q, k, v biased (qwen2), head_dim 128 (qwen3); no
                          window unless use_sliding_window, then from layer max_window_layers on
@@ -24,6 +25,7 @@ Multi-token-prediction modules (DeepSeek-V3) and vision towers are not part of w
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -192,7 +194,11 @@ def _build(
 
 
 def _llama(keys: Keys, name: str) -> TransformerConfig:
-    return _build(keys, name, attention=_attention(keys))
+    linear = keys.items("layer_types").count("linear_attention")
+    whole = _build(keys, name, attention=_attention(keys))
+    if linear > whole.num_layers:
+        keys.fail("layer_types", f"has {linear} linear layers of {whole.num_layers}", "mend it")
+    return replace(whole, num_linear_layers=linear)
 
 
 def _phi3(keys: Keys, name: str) -> TransformerConfig:

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-from hwmodels.dtypes import BF16, FP32, DType
-from workloads.models.architecture import Attention, LatentAttention, Moe, TransformerConfig
+from hwmodels.dtypes import BF16, DType
+from workloads.models.architecture import Attention, LatentAttention, TransformerConfig
 from workloads.models.block import (
     Rank,
     Step,
-    activation,
     inner_norm,
     norm,
-    pointwise,
     product,
     residual,
     rotation,
     unrolled,
 )
-from workloads.models.parameters import (
-    attention_projections,
-    heads_per_rank,
-    mlp_projections,
-    moe_of,
-)
-from workloads.numeric import Num, any_true, ceil_div, maximum, minimum, where
+from workloads.models.feed_forward import dense_steps, moe_steps
+from workloads.models.parameters import attention_projections, heads_per_rank, moe_of
+from workloads.numeric import Num, any_true, maximum, minimum, where
 from workloads.op import Op
 from workloads.ops.attention import StandardAttention
 from workloads.ops.attention_backward import StandardAttentionBackward
 from workloads.ops.flash_attention import FlashAttention2
 from workloads.ops.flash_attention_backward import FlashAttention2Backward
+from workloads.ops.linear_recurrence import LinearRecurrence
+from workloads.ops.linear_recurrence_backward import LinearRecurrenceBackward
 from workloads.plan import Plan
 from workloads.workload import Workload
 
@@ -44,6 +40,7 @@ def layer(
     causal: bool = True,
     absorbed: bool = False,
     fused: bool = True,
+    sequence_parallel: bool = True,
     dtype: DType = BF16,
 ) -> Workload:
     """One layer on one rank for a micro-batch of `batch` sequences of `len_q` new tokens.
@@ -51,7 +48,8 @@ def layer(
     `len_kv` counts the cached positions and the new ones (default: `len_q`). `absorbed` applies to
     latent attention only: the expansion of K and V is folded into the query and the output, and
     all heads attend to the cached latent itself, which pays when few queries meet many keys
-    (DeepSeek-V2, arXiv 2405.04434, section 2.1.2). Without `fused`, attention writes its scores.
+    (DeepSeek-V2, arXiv 2405.04434, section 2.1.2). Without `fused`, attention writes its scores;
+    without `sequence_parallel`, tensor-parallel ranks repeat norms and residuals of all tokens.
     Sizes and plan fields may be arrays.
 
     >>> from workloads.models.config import load_hf_config
@@ -70,9 +68,10 @@ def layer(
         absorbed=absorbed and isinstance(cfg.attention, LatentAttention),
         dtype=dtype,
         fused=fused,
+        sequence_parallel=sequence_parallel,
     )
     attention = [norm(rank, "attention_norm", opens_block=True), *_attention(rank)]
-    block = _moe(rank) if kind == "moe" else _mlp(rank)
+    block = moe_steps(rank) if kind == "moe" else dense_steps(rank)
     if cfg.norms_per_layer == 4:
         attention.append(norm(rank, "attention_post_norm"))
         block.append(norm(rank, "mlp_post_norm"))
@@ -176,17 +175,40 @@ def _scores(rank: Rank, heads: Num, kv_heads: Num, head_dim: int, v_dim: int) ->
         causal=rank.causal,
         dtype=rank.dtype,
     )
-    return [
+    linear = rank.cfg.linear_frac
+    softmax = [
         Step(
             name=name,
             part="attention",
             op=forward,
             gradients=(("backward", backward),),
-            count=count / rank.plan.cp,
+            count=count * (1 - linear) / rank.plan.cp,
         )
         for name, op, count in _windowed(rank, whole)
         for forward, backward in (_kernels(op, fused=rank.fused),)
     ]
+    if not linear:
+        return softmax
+    return [*(softmax if linear < 1 else []), _linear(rank, whole, linear)]
+
+
+def _linear(rank: Rank, whole: FlashAttention2, frac: float) -> Step:
+    """Linear attention in chunks, on the layers that have it; K and V are repeated for heads."""
+    forward = LinearRecurrence(
+        batch=whole.batch, num_heads=whole.num_heads, len_seq=whole.len_q,
+        key_dim=whole.head_dim, value_dim=whole.value_dim, dtype=whole.dtype,
+    )  # fmt: skip
+    backward = LinearRecurrenceBackward(
+        batch=whole.batch, num_heads=whole.num_heads, len_seq=whole.len_q,
+        key_dim=whole.head_dim, value_dim=whole.value_dim, dtype=whole.dtype,
+    )  # fmt: skip
+    return Step(
+        name="linear_attention",
+        part="attention",
+        op=forward,
+        gradients=(("backward", backward),),
+        count=frac / rank.plan.cp,
+    )
 
 
 def _kernels(op: FlashAttention2, *, fused: bool) -> tuple[Op, Op]:
@@ -219,70 +241,3 @@ def _windowed(rank: Rank, whole: FlashAttention2) -> list[tuple[str, FlashAttent
         op = whole.over(len_q=maximum(later, 1), len_kv=window, causal=False)
         pieces.append(("attention.window", op, where(later > 0, frac, 0)))
     return pieces
-
-
-# ---- feed-forward --------------------------------------------------------------------------
-
-
-def _mlp(rank: Rank) -> list[Step]:
-    """Widen, activate, narrow."""
-    return _block(rank, "", "mlp", rank.cfg.mlp.ffn_dim)
-
-
-def _block(
-    rank: Rank, prefix: str, part: str, ffn_dim: int, after: tuple[str, ...] | None = None
-) -> list[Step]:
-    """A feed-forward block over all tokens of the rank."""
-    dims = mlp_projections(rank.cfg, ffn_dim, rank.plan.tp)
-    up, down = dims["up"], dims["down"]
-    return [
-        product(rank, f"{prefix}up", part, rank.tokens, up.k, up.n, after=after),
-        activation(rank, f"{prefix}activation", part, rank.tokens * down.k),
-        product(rank, f"{prefix}down", part, rank.tokens, down.k, down.n),
-    ]
-
-
-def _moe(rank: Rank) -> list[Step]:
-    """Router, dispatch, experts, shared experts, weighted sum of what came back."""
-    cfg, moe, dtype = rank.cfg, rank.cfg.moe, rank.dtype
-    assert moe is not None
-    chosen, elements, opening = moe.num_active, rank.rows * cfg.hidden_dim, ("mlp_norm",)
-    hidden, choices = cfg.hidden_dim, moe.num_experts
-    router = product(
-        rank, "router", "moe", rank.rows, hidden, choices, out_dtype=FP32, after=opening
-    )
-    dispatch = Step(
-        name="dispatch",
-        part="moe",
-        op=pointwise(elements, 1, chosen, (0, 0), dtype),
-        gradients=(("backward", pointwise(elements, chosen, 1, (chosen - 1, 0), dtype)),),
-        after=("mlp_norm", "router"),
-    )
-    has_shared = moe.shared_ffn_dim > 0
-    shared = _block(rank, "shared.", "moe", moe.shared_ffn_dim, opening) if has_shared else []
-    combine = Step(
-        name="combine",
-        part="moe",
-        op=pointwise(elements, chosen + has_shared, 1, (2 * chosen - 1 + has_shared, 0), dtype),
-        gradients=(("backward", pointwise(elements, 1 + chosen, chosen, (3 * chosen, 0), dtype)),),
-        after=("experts.down", "router", *(["shared.down"] if has_shared else [])),
-    )
-    return [router, dispatch, *_experts(rank, moe), *shared, combine]
-
-
-def _experts(rank: Rank, moe: Moe) -> list[Step]:
-    """The routed experts of a rank as one batched block.
-
-    Its t * num_active rows are spread evenly over as many of its experts as there are rows for:
-    with few tokens some experts idle, and their weights are not read.
-    """
-    dims = mlp_projections(rank.cfg, moe.expert_ffn_dim, rank.plan.tp)
-    up, down = dims["up"], dims["down"]
-    num_rows = rank.tokens * moe.num_active
-    busy = minimum(ceil_div(moe.num_experts, rank.plan.ep), num_rows)
-    m = ceil_div(num_rows, busy)
-    return [
-        product(rank, "experts.up", "moe", m, up.k, up.n, batch=busy),
-        activation(rank, "experts.activation", "moe", busy * m * down.k),
-        product(rank, "experts.down", "moe", m, down.k, down.n, batch=busy),
-    ]

@@ -67,6 +67,7 @@ class ParameterCount:
     idle_experts: int
     dense_layer: LayerParameters | None
     moe_layer: LayerParameters | None
+    mtp: int = 0
 
     @property
     def layers(self) -> int:
@@ -82,12 +83,12 @@ class ParameterCount:
     @property
     def total(self) -> int:
         """All parameters, a tied matrix once."""
-        return self.layers + self.embedding_and_head
+        return self.layers + self.embedding_and_head + self.mtp
 
     @property
     def active(self) -> int:
-        """Parameters that one token's forward pass uses."""
-        return self.total - self.idle_experts
+        """Parameters that one token's forward pass uses; no modules of multi-token prediction."""
+        return self.total - self.mtp - self.idle_experts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,9 +197,11 @@ def _inner_norms(cfg: TransformerConfig) -> int:
 
 
 def layer_parameters(
-    cfg: TransformerConfig, kind: str, tp: Num = 1, ep: Num = 1
+    cfg: TransformerConfig, kind: str, tp: Num = 1, ep: Num = 1, etp: Num | None = None
 ) -> LayerParameters:
-    """One layer of a kind, 'dense' or 'moe', on one rank of tp * ep.
+    """One layer of a kind, 'dense' or 'moe', on one rank of tp; routed experts of etp * ep.
+
+    `etp` is the number of ranks that split each expert, None: as many as tp.
 
     Llama-3-8B's attention is 4096 (32 + 2 * 8) 128 + 32 * 128 * 4096.
 
@@ -212,7 +215,7 @@ def layer_parameters(
     if moe is None:
         block = mlp_projections(cfg, cfg.mlp.ffn_dim, tp, bias=cfg.mlp.bias)
         return LayerParameters(attention=attention, mlp=_parameters(block), norms=norms)
-    expert = _parameters(mlp_projections(cfg, moe.expert_ffn_dim, tp))
+    expert = _parameters(mlp_projections(cfg, moe.expert_ffn_dim, tp if etp is None else etp))
     shared = mlp_projections(cfg, moe.shared_ffn_dim, tp) if moe.shared_ffn_dim else {}
     return LayerParameters(
         attention=attention,
@@ -262,6 +265,7 @@ def count_parameters(cfg: TransformerConfig) -> ParameterCount:
         idle_experts=experts // moe.num_experts * (moe.num_experts - moe.num_active) if moe else 0,
         dense_layer=layers.get("dense"),
         moe_layer=layers.get("moe"),
+        mtp=int(cfg.num_mtp * (layers[cfg.last_kind].total + mtp_parameters(cfg))),
     )
 
 
@@ -269,7 +273,8 @@ def matmul_parameters(cfg: TransformerConfig) -> int:
     """Weights that one token is multiplied with: projections, chosen experts, the head.
 
     Left out: norms, biases, positions and the embedding, which is looked up; the head counts
-    where it is tied, too. This is the N of "6 N per token".
+    where it is tied, too, and again for every module of multi-token prediction beside its layer
+    and its projection. This is the N of "6 N per token".
 
     >>> from workloads.models.config import load_hf_config
     >>> matmul_parameters(load_hf_config("examples/llama3-8b.json"))
@@ -283,7 +288,9 @@ def matmul_parameters(cfg: TransformerConfig) -> int:
     attention = cfg.num_layers * _weights(attention_projections(cfg))
     blocks = _sum(count * block[kind] for kind, count in cfg.kinds.items())
     head = cfg.vocab_size * cfg.embedding_dim + 2 * projection_parameters(cfg)
-    return int(attention + blocks + head)
+    per_layer = _weights(attention_projections(cfg)) + block[cfg.last_kind]
+    module = per_layer + head + 2 * cfg.hidden_dim * cfg.hidden_dim
+    return int(attention + blocks + head + cfg.num_mtp * module)
 
 
 def parameters_per_rank(
@@ -294,7 +301,8 @@ def parameters_per_rank(
     Every stage is taken to hold ceil(num_layers / pp) layers: the first ones of the model on the
     first stage, the last ones on the last. The first stage adds the embedding and the positions;
     the last the final norm and the head, which is a copy of a tied embedding unless both stages
-    are one. Routed experts are split over ep ranks and each of them over tp.
+    are one. Routed experts are split over ep ranks and each of them over `plan.expert_tp`. The
+    last stage holds the modules of multi-token prediction, which share embedding and head.
 
     >>> from workloads.models.config import load_hf_config
     >>> llama = load_hf_config("examples/llama3-8b.json")
@@ -311,17 +319,34 @@ def parameters_per_rank(
     embedding = table + project + cfg.num_positions * cfg.hidden_dim
     zero = LayerParameters()
     dense = layer_parameters(cfg, "dense", plan.tp) if cfg.num_dense_layers else zero
-    moe = layer_parameters(cfg, "moe", plan.tp, plan.ep) if cfg.num_moe_layers else zero
+    moe = zero
+    if cfg.num_moe_layers:
+        moe = layer_parameters(cfg, "moe", plan.tp, plan.ep, plan.expert_tp)
 
-    def stage(num_moe: Num, ends: Num) -> StageParameters:
+    extra = dense if cfg.last_kind == "dense" else moe
+    modules = cfg.num_mtp * (extra.dense + mtp_parameters(cfg))
+    predicted = cfg.num_mtp * extra.experts
+
+    def stage(num_moe: Num, ends: Num, experts: Num) -> StageParameters:
         return StageParameters(
             dense=num_moe * moe.dense + (num - num_moe) * dense.total + ends,
-            experts=num_moe * moe.experts,
+            experts=num_moe * moe.experts + experts,
         )
 
     first_moe, last_moe = _moe_layers_among(cfg, num)
-    first = stage(first_moe, embedding + where(one_stage, head, 0))
-    return first, stage(last_moe, head + where(one_stage, embedding, 0))
+    looked_up = where(one_stage, embedding, table if cfg.num_mtp else 0)
+    first = stage(
+        first_moe, embedding + where(one_stage, head + modules, 0), where(one_stage, predicted, 0)
+    )
+    return first, stage(last_moe, head + looked_up + modules, predicted)
+
+
+def mtp_parameters(cfg: TransformerConfig) -> int:
+    """What a module of multi-token prediction has beside its layer: the projection of two hidden
+    states to one, a norm of each, and one before the shared head (DeepSeek-V3, arXiv 2412.19437,
+    equations 21 to 23).
+    """
+    return 2 * cfg.hidden_dim * cfg.hidden_dim + 3 * cfg.norm_dim
 
 
 def _moe_layers_among(cfg: TransformerConfig, num: Num) -> tuple[Num, Num]:

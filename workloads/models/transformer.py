@@ -28,7 +28,7 @@ Recomputation is not unrolled: a fully recomputed layer runs its forward nodes t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -37,6 +37,7 @@ from hwmodels.errors import InputError
 from workloads.models.architecture import TransformerConfig
 from workloads.models.block import Rank, Step, norm, product, unrolled
 from workloads.models.layer import layer
+from workloads.models.mtp import mtp_ends
 from workloads.models.parameters import matmul_parameters
 from workloads.numeric import Num, any_true, ceil_div, minimum
 from workloads.op import checked_size
@@ -70,13 +71,15 @@ def ends(
     plan: Plan | None = None,
     training: bool,
     last_token_only: bool = False,
+    sequence_parallel: bool = True,
     dtype: DType = BF16,
 ) -> Workload:
     """Embedding and positions (part 'embedding'), final norm, head and loss (part 'head').
 
     The first pipeline stage has the one part, the last the other. The head writes FP32 logits;
     in training a softmax keeps the probabilities and their gradient is one more pass over them.
-    `last_token_only`: logits for one token per sequence, as prefill needs them.
+    `last_token_only`: logits for one token per sequence, as prefill needs them. In training, part
+    'mtp' is what modules of multi-token prediction repeat of them; their layers are not in it.
     """
     rank = Rank(
         cfg=cfg,
@@ -87,9 +90,14 @@ def ends(
         causal=True,
         absorbed=False,
         dtype=dtype,
+        sequence_parallel=sequence_parallel,
     )
     steps = [*_entry(rank), *_exit(rank, batch if last_token_only else rank.tokens, training)]
-    return unrolled(f"{cfg.name} ends", steps, training)
+    once = unrolled(f"{cfg.name} ends", steps, training)
+    if not (training and cfg.num_mtp):
+        return once
+    module = (replace(n, count=cfg.num_mtp * n.count) for n in mtp_ends(rank, once))
+    return Workload((*once, *module), once.name)
 
 
 def _entry(rank: Rank) -> list[Step]:
@@ -127,7 +135,8 @@ def _lookup(rank: Rank, name: str, num_tokens: Num, vocab_size: Num, dim: int) -
 def _exit(rank: Rank, tokens: Num, training: bool) -> list[Step]:
     """Final norm, projection where the table is narrower, logits, softmax cross-entropy."""
     cfg, part = rank.cfg, "head"
-    rows, columns = ceil_div(tokens, rank.plan.tp), ceil_div(cfg.vocab_size, rank.plan.tp)
+    columns = ceil_div(cfg.vocab_size, rank.plan.tp)
+    rows = ceil_div(tokens, rank.plan.tp) if rank.sequence_parallel else tokens
     steps = [norm(rank, "final_norm", rows=rows, part=part)] if cfg.final_norm else []
     if cfg.embedding_dim != cfg.hidden_dim:
         steps.append(product(rank, "project_out", part, rows, cfg.hidden_dim, cfg.embedding_dim))
@@ -175,7 +184,15 @@ class TrainStep:
         """What the step needs by the MFU convention; see `model_flops`."""
         return model_flops(self.config, self.len_seq, self.num_tokens)
 
-    def layer(self, kind: str, plan: Plan, *, dtype: DType = BF16, fused: bool = True) -> Workload:
+    def layer(
+        self,
+        kind: str,
+        plan: Plan,
+        *,
+        dtype: DType = BF16,
+        fused: bool = True,
+        sequence_parallel: bool = True,
+    ) -> Workload:
         """One layer, forward and backward, for one micro-batch on one rank."""
         return layer(
             self.config,
@@ -185,10 +202,11 @@ class TrainStep:
             plan=plan,
             training=True,
             fused=fused,
+            sequence_parallel=sequence_parallel,
             dtype=dtype,
         )
 
-    def ends(self, plan: Plan, *, dtype: DType = BF16) -> Workload:
+    def ends(self, plan: Plan, *, dtype: DType = BF16, sequence_parallel: bool = True) -> Workload:
         """Embedding, head and loss for one micro-batch on one rank."""
         return ends(
             self.config,
@@ -196,6 +214,7 @@ class TrainStep:
             len_q=self.len_seq,
             plan=plan,
             training=True,
+            sequence_parallel=sequence_parallel,
             dtype=dtype,
         )
 
@@ -219,6 +238,11 @@ class Inference:
     def __post_init__(self) -> None:
         if self.phase not in (PREFILL, DECODE):
             raise InputError(f"phase '{self.phase}' is neither '{PREFILL}' nor '{DECODE}'")
+        if self.config.num_linear_layers:
+            raise InputError(
+                f"{self.config.name}: serving of linear-attention layers is not modelled; "
+                "ask for training"
+            )
         for name in ("batch", "len_context"):
             object.__setattr__(self, name, checked_size(self.phase, name, getattr(self, name)))
 
@@ -300,8 +324,12 @@ def model_flops_forward(cfg: TransformerConfig, len_seq: Num, num_tokens: Num) -
     if cfg.window:
         w = minimum(cfg.window, len_seq)
         keys = keys + cfg.windowed_frac * (w - w * w / (2 * len_seq) - keys)
+    if cfg.num_linear_layers:  # 4 d_qk d_v flops a head: the state's update and its query
+        state = 2 * spec.head_dim * spec.v_head_dim / (spec.head_dim + spec.v_head_dim)
+        keys = keys + cfg.linear_frac * (state - keys)
     per_key = 2 * spec.num_heads * (spec.head_dim + spec.v_head_dim)
-    return (2 * matmul_parameters(cfg) + cfg.num_layers * per_key * keys) * num_tokens
+    layers = cfg.num_layers + cfg.num_mtp
+    return (2 * matmul_parameters(cfg) + layers * per_key * keys) * num_tokens
 
 
 def model_flops(cfg: TransformerConfig, len_seq: Num, num_tokens: Num) -> Num:

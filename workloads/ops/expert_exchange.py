@@ -1,13 +1,15 @@
 """Dispatch and combine of routed experts as ops of one rank: tokens to their experts and back.
 
 Each of T tokens of h elements goes to K of the E experts, spread evenly over n ranks on N nodes.
-With uniform routing (and choices taken as independent), the copies of a token that leave its rank
-and its node are
+With uniform routing (and choices taken as independent) over the m = n M / N ranks of
+M = min(N, max_nodes) nodes, the copies of a token that leave its rank and its node are
 
-    throughput kernels  (n - 1) (1 - (1 - 1/n)^K)   (N - 1) (1 - (1 - 1/N)^K)   once a rank, a node
-    low-latency kernels  K (n - 1) / n                K (N - 1) / N               once an expert
+    throughput kernels   (n - 1)/n m (1 - (1 - 1/m)^K)  (N - 1)/N M (1 - (1 - 1/M)^K)  one a place
+    low-latency kernels  K (n - 1) / n                  K (N - 1) / N                  one an expert
 
-The two kinds of kernel are those of DeepSeek's DeepEP (its README and kernels' documentation).
+The two kinds of kernel are those of DeepSeek's DeepEP (its README and kernels' documentation). Its
+routing limits a token to so many nodes (DeepSeek-V3, arXiv 2412.19437, section 2.1.2: 4); so do
+the tests of the throughput kernels, not those of the low-latency ones.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import ClassVar, Final
 
 from hwmodels.dtypes import BF16, DType
 from hwmodels.errors import InputError, UnknownNameError
-from workloads.numeric import Num, any_true
+from workloads.numeric import Num, any_true, minimum
 from workloads.op import Op
 from workloads.work import Work
 
@@ -43,6 +45,7 @@ class ExpertExchange(Op):
     num_experts: Num
     num_ranks: Num
     num_nodes: Num = 1
+    max_nodes: Num = 4
     direction: str = "dispatch"
     low_latency: bool = False
     port_bytes_per_s: float = 50e9
@@ -63,16 +66,29 @@ class ExpertExchange(Op):
 
     def copies(self) -> Num:
         """Copies of a token that leave its rank, on average."""
-        return self._copies(self.num_ranks)
+        return self._copies(self.num_ranks, self._reached() * self.num_ranks / self.num_nodes)
 
     def node_copies(self) -> Num:
         """Copies of a token that leave its node, on average."""
-        return self._copies(self.num_nodes)
+        return self._copies(self.num_nodes, self._reached())
 
-    def _copies(self, places: Num) -> Num:
+    def copied_bytes(self) -> Num:
+        """Bytes of all copies of the rank's tokens, those that stay on it included."""
+        places = self._reached() * self.num_ranks / self.num_nodes
+        return self.num_tokens * self.row_bytes() * self._chosen(places)
+
+    def _reached(self) -> Num:
+        """Nodes that a token may be sent to."""
+        return minimum(self.num_nodes, self.max_nodes)
+
+    def _copies(self, places: Num, reached: Num) -> Num:
+        return (places - 1) / places * self._chosen(reached)
+
+    def _chosen(self, places: Num) -> Num:
+        """Copies of a token over so many places."""
         if self.low_latency:
-            return self.topk * (places - 1) / places
-        return (places - 1) * (1 - (1 - 1 / places) ** self.topk)
+            return self.topk
+        return places * (1 - (1 - 1 / places) ** self.topk)
 
     def wire_bytes(self) -> Num:
         """Bytes a rank sends over its link."""

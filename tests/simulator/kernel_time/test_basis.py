@@ -78,6 +78,14 @@ def test_donors_in_order(device: str, scope: str, donors: list[str]) -> None:
     assert all(d in found.describe() for d in donors)
 
 
+def test_a_board_that_differs_in_its_memory_alone_goes_before_its_architecture() -> None:
+    slower = calibration("a100-pcie-80gb", mma_frac=fitted(0.2), launch_s=fitted(8e-6))
+    found = basis(catalog.device("a100-sxm4-40gb"), MODEL, (slower, A100))
+    assert (found.scope, [d.device_id for d in found.donors]) == (ARCHITECTURE, ["a100-sxm4-80gb"])
+    others = basis(catalog.device("a100-pcie-40gb"), MODEL, (A100, H100))
+    assert [d.device_id for d in others.donors] == ["a100-sxm4-80gb"]
+
+
 def test_without_any_calibration_the_start_values_answer() -> None:
     found = basis(catalog.device("h100-sxm"), MODEL, ())
     assert found.scope == NOMINAL and not found.calibrated

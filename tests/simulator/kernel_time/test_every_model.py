@@ -22,12 +22,13 @@ from simulator.sensitivity import seconds_at
 from tests.simulator.test_estimate import small
 from workloads import registry
 from workloads.op import Op
-from workloads.ops.collective_transfer import CollectiveTransfer
+from workloads.ops.collective_transfer import CollectiveTransfer, StagedCollective
 from workloads.ops.conv2d import Conv2d
 from workloads.ops.counted import CountedOp
+from workloads.ops.expert_exchange import ExpertExchange
 
 DEVICES = ("h100-sxm", "a100-sxm4-80gb", "b200-sxm", "rtx-pro-6000-blackwell-server", "mi300x")
-KERNELS = ("custom-vllm", "vllm:fa3", "sglang:triton")
+KERNELS = ("custom-vllm", "vllm:fa3", "sglang:triton", "nccl-profiled")
 """Labels under which some model does more than for the usual kernel."""
 RATES = [field for field in PATHS if field != "num_sms"]
 """More SMs at the same peak are smaller SMs: no rate."""
@@ -138,6 +139,10 @@ def asked() -> Iterator[Op]:
                 op = op.over(in_channels=3) if dtype == BF16 else op
             if type(op) is CollectiveTransfer:
                 op = op.over(kind="send_recv") if dtype == BF16 else op
+            if type(op) is ExpertExchange:
+                op = op.over(low_latency=dtype == BF16)
+            if type(op) is StagedCollective:
+                op = op.over(sockets=dtype == BF16)
             yield op
     yield CountedOp(moved_bytes=2**20, num_blocks=8)
 
@@ -179,7 +184,10 @@ def test_no_model_of_the_catalogue_declares_a_constant_it_never_reads() -> None:
             assert {c.name for c in model.constants} == found[model.name], model.name
 
 
-def test_names_are_unique() -> None:
-    assert len({m.name for m in MODELS}) == len(MODELS)
+def test_models_of_one_name_share_their_constants_and_no_op_has_two() -> None:
+    """Grouped products are timed with what routed experts were fitted to."""
+    first = {m.name: m for m in reversed(MODELS)}
+    assert all(m.constants is first[m.name].constants for m in MODELS)
+    assert sorted(m.name for m in MODELS if m is not first[m.name]) == ["moe"]
     every = [op for m in MODELS for op in m.ops]
     assert len(every) == len(set(every))

@@ -22,7 +22,9 @@ from workloads.op import Op
 from workloads.ops.counted import CountedOp
 
 H100 = catalog.device("h100-sxm")
-LINKED = {"collective", "cluster_collective", "custom_all_reduce", "expert_exchange"}
+LINKED = {
+    "collective", "cluster_collective", "staged_collective", "custom_all_reduce", "expert_exchange",
+}  # fmt: skip
 NAMES = [name for name in registry.names() if name not in LINKED]
 BEST = {c.name: c.high if c.name.endswith(("_frac", "_clk")) else c.low for c in MODEL.constants}
 """Constants at the end of their bounds that makes every kernel fastest."""

@@ -9,16 +9,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hwmodels import catalog
 from hwmodels.errors import InfeasibleError, InputError
 from simulator.planners.hybrid_data import (
     RingCost,
     Schedule,
     hybrid_step,
     least_ring,
+    predicted_ring_cost,
     static_step,
     within,
 )
 from simulator.variable_length import Ints
+from workloads.models.config import load_hf_config
 
 COST = RingCost(
     square_s=1e-3, token_s=0.2, kv_bytes=1.0, token_bytes=2.0, num_layers=10, node_ranks=4,
@@ -137,3 +140,25 @@ def test_impossible_questions_are_refused() -> None:
 
 def test_the_static_ring_of_two_million_tokens() -> None:
     assert least_ring(2**21, 8192) == 256 and least_ring(10, 8192) == 1
+
+
+def test_packs_that_are_not_full_pass_their_whole_room() -> None:
+    """Two packs of four ranks: half full, each still sends K and V of all its room."""
+    held = np.full(8, 100)
+    full = static_step(held, COST, num_ranks=4, rank_tokens=100, degree=4)
+    half = static_step(held, COST, num_ranks=4, rank_tokens=100, degree=4, fill_frac=0.5)
+    assert (len(full.units), len(half.units)) == (2, 4)
+    ring = float(COST.ring_s(400.0, 4))
+    for unit in half.units:
+        attention = COST.square_s * 2 * 100**2 / 4
+        assert unit.seconds == pytest.approx(COST.token_s * 200 / 4 + max(attention, ring))
+
+
+def test_costs_are_predicted_from_a_model() -> None:
+    """8 key heads of 128 in 32 layers of 16 bits: 128 KiB a token; the port at 96 % of its rate."""
+    cfg = load_hf_config("examples/llama3-8b.json")
+    on = catalog.cluster("dgx-a100-80gb", nodes=2)
+    cost = predicted_ring_cost(cfg, on=on, host_bytes=1e11)
+    assert cost.kv_bytes == 2**17
+    assert cost.outside_bytes_per_s == pytest.approx(0.96 * on.levels[1].bytes_per_s)
+    assert (cost.node_ranks, cost.host_bytes) == (8, 1e11)

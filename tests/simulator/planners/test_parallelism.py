@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import pairwise, product
 
 import numpy as np
@@ -16,6 +16,7 @@ from hwmodels.errors import InfeasibleError, InputError
 from simulator.inference import inference_step
 from simulator.memory import inference_memory, training_memory
 from simulator.planners.parallelism import (
+    COLUMNS,
     MAX_INTERLEAVE,
     MAX_MICRO_BATCH,
     PlanChoice,
@@ -89,17 +90,20 @@ def every_plan(step: TrainStep, on: Cluster) -> set[tuple[int, ...]]:
     numbers = range(1, total + 1)
     found = set()
     meshes = (
-        (dp, tp, pp, cp, ep)
+        (dp, tp, pp, cp, ep, etp)
         for dp, tp, pp, cp in product(numbers, repeat=4)
         if dp * tp * pp * cp == total
-        for ep in range(1, dp * cp + 1)
+        for etp in (0, 1)
+        for ep in range(1, dp * cp * (tp if etp else 1) + 1)
+        if not etp or (tp > 1 and ep > 1)
     )
-    for dp, tp, pp, cp, ep in meshes:
+    for dp, tp, pp, cp, ep, etp in meshes:
         experts = cfg.moe.num_experts if cfg.moe else 1
         group = min(on.levels[0].size, total)
         if cfg.attention.num_heads % tp or group % tp or pp > cfg.num_layers:
             continue
-        if math.log2(cp) % 1 or length % cp or (dp * cp) % ep or experts % ep or batch % dp:
+        spread = dp * cp * (tp if etp else 1)
+        if math.log2(cp) % 1 or length % cp or spread % ep or experts % ep or batch % dp:
             continue
         for micro, v, mode, zero in product(
             range(1, MAX_MICRO_BATCH + 1), range(1, MAX_INTERLEAVE + 1), (0, 2), range(4)
@@ -111,7 +115,7 @@ def every_plan(step: TrainStep, on: Cluster) -> set[tuple[int, ...]]:
                 continue
             if (zero and dp * cp == 1) or (zero > 1 and pp > 1):
                 continue
-            found.add((dp, tp, pp, cp, ep, micro, v, mode, zero))
+            found.add((dp, tp, pp, cp, ep, etp, micro, v, mode, zero))
     return found
 
 
@@ -124,7 +128,7 @@ def test_the_space_is_exactly_what_is_stated(
 ) -> None:
     step, on = question(name, cluster, nodes, batch)
     space = rows(plan_space(step, on=on))
-    found = {tuple(int(getattr(p, f.name)) for f in fields(Plan)) for p in space}
+    found = {tuple(int(getattr(p, name)) for name in COLUMNS) for p in space}
     assert len(found) == len(space), "a plan is listed twice"
     assert found == every_plan(step, on)
 
@@ -144,7 +148,8 @@ def test_a_plan_uses_every_accelerator_and_every_sequence() -> None:
     assert np.all(micro == np.round(micro))
     assert np.all(micro * space.dp * space.micro_batch == 64)
     assert set(np.asarray(space.ep)) == {1.0, 2.0, 4.0, 8.0}
-    assert np.all((space.dp * space.cp) % space.ep == 0)
+    spread = space.dp * space.cp * np.where(space.etp == 1, space.tp, 1)
+    assert np.all(spread % space.ep == 0)
 
 
 # ---- the order of answers ------------------------------------------------------------------
@@ -162,10 +167,10 @@ def test_runners_up_follow_in_order_on_other_meshes(
     choice = plan_parallelism(step, on=on, num_runners_up=6)
     seconds = [float(c.step.seconds) for c in (choice.best, *choice.runners_up)]
     assert all(a <= b * (1 + 1e-8) for a, b in pairwise(seconds))
-    meshes = [(p.dp, p.tp, p.pp, p.cp, p.ep) for p in chosen(choice)]
+    meshes = [tuple(getattr(p, name) for name in COLUMNS[:6]) for p in chosen(choice)]
     assert len(set(meshes)) == len(meshes)
     all_meshes = zip(
-        *(np.asarray(getattr(choice.feasible, a)) for a in ("dp", "tp", "pp", "cp", "ep")),
+        *(np.asarray(getattr(choice.feasible, a)) for a in COLUMNS[:6]),
         strict=True,
     )
     assert len(meshes) == min(7, len(set(all_meshes)))
@@ -305,7 +310,7 @@ def refusal(step: TrainStep, on: Cluster, **more: float) -> str:
     ("name", "cluster", "nodes", "batch", "len_seq"),
     [
         ("llama3-70b", "hgx-h100", 1, 8, 8192),
-        ("llama3.1-405b", "hgx-h100", 2, 64, 8192),
+        ("llama3-405b", "hgx-h100", 2, 64, 8192),
         ("mixtral-8x7b", "dgx-a100-40gb", 1, 8, 4096),
     ],
 )

@@ -1,0 +1,163 @@
+"""Factors of low-precision training, fitted on published steps behind those of 16-bit training.
+
+    narrow/ARCHITECTURE   products in a narrow format over the kernel models' times, beyond what
+                          long runs cost products in 16 bits
+    quantise              kernels that cast over streaming kernels of the same bytes
+    pointwise/fused       maps of stacks that only train in narrow formats here (Megatron-Bridge)
+
+The factors of `validate.step_fit` are fitted first, on 16-bit steps, and stay as they are: rows of
+another format must not move them. The same least-squares fit with priors finds the rest.
+`python -m validate.low_precision_fit DIR` writes what `hwmodels.step_factors` reads beside the
+other file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import least_squares
+
+from hwmodels.errors import InputError
+from hwmodels.step_factors import KIND, LOW_PRECISION_FILE, SCHEMA, shipped_factors
+from hwmodels.step_ratios import digest_of
+from simulator.stack import POINTWISE, factor_names, narrow_factor_names, prior_of, stack
+from validate.adapters import TRAINING_FAMILY
+from validate.measurement import Measurement, csv_files, read
+from validate.runs import METRICS, Run, digest, identity, read_runs
+from validate.step_fit import DIGITS, ROBUST, SCATTER, predicted_s
+from validate.steps import write_atomically
+
+MAPS: Final = f"{POINTWISE}/"
+"""Of a stack's own factors, only its maps may be free here. All others that 16-bit steps left out
+keep their priors: of a device without such steps, `narrow` is fitted beside its products'."""
+
+
+def group_of(run: Run) -> str:
+    """Runs of one framework in one recipe on one GPU."""
+    return f"{run.stack} {run.recipe.name} {run.row.gpu}"
+
+
+def free_names(runs: Iterable[Run], frozen: Mapping[str, float]) -> list[str]:
+    """The factors of these runs that 16-bit steps have not settled."""
+    names: set[str] = set()
+    for run in runs:
+        if run.stack is not None:
+            device = run.cluster.device
+            maps = {n for n in factor_names(stack(run.stack), device) if n.startswith(MAPS)}
+            names |= {*maps, *narrow_factor_names(device)}
+    return sorted(names - frozen.keys())
+
+
+def fit(runs: Sequence[Run], frozen: Mapping[str, float]) -> dict[str, float]:
+    """The factors that are free, from these runs."""
+    names = free_names(runs, frozen)
+    priors = np.array([prior_of(n)[0] for n in names])
+    spreads = np.array([prior_of(n)[1] for n in names])
+    sizes = Counter(group_of(r) for r in runs)
+    weights = np.array([sizes[group_of(r)] ** -0.5 for r in runs])
+    measured = np.array([r.seconds for r in runs])
+
+    def values_at(logs: NDArray[np.float64]) -> dict[str, float]:
+        return dict(zip(names, (priors * np.exp(logs * spreads)).tolist(), strict=True))
+
+    def residuals(logs: NDArray[np.float64]) -> NDArray[np.float64]:
+        values = {**frozen, **values_at(logs)}
+        off = np.log([predicted_s(r, values) for r in runs] / measured)
+        return np.concatenate((off * weights / SCATTER, logs))
+
+    found = least_squares(
+        residuals, np.zeros(len(names)), loss="soft_l1", f_scale=ROBUST, diff_step=1e-3,
+        ftol=1e-4, xtol=1e-3,
+    )  # fmt: skip
+    return values_at(found.x)
+
+
+def left_out(runs: Sequence[Run], frozen: Mapping[str, float]) -> dict[str, NDArray[np.float64]]:
+    """Predicted over measured of each publisher's runs where these were fitted without them."""
+    found = {}
+    for group in sorted({group_of(r) for r in runs}):
+        own = [r for r in runs if group_of(r) == group]
+        values = {**frozen, **fit([r for r in runs if group_of(r) != group], frozen)}
+        found[group] = np.array([predicted_s(r, values) / r.seconds for r in own])
+    return found
+
+
+def low_precision_runs(rows: Iterable[Measurement]) -> list[Run]:
+    """Runs in a narrow format by a known framework."""
+    runs = read_runs(rows, assume=True)[0]
+    return [r for r in runs if r.stack is not None and r.recipe.low is not None]
+
+
+def document(
+    rows: Iterable[Measurement], frozen: Mapping[str, float], *, on: datetime.date
+) -> dict[str, Any]:
+    """What `hwmodels.step_factors` reads, fitted on these rows."""
+    rows = tuple(rows)
+    runs = low_precision_runs(rows)
+    if not runs:
+        raise InputError("no low-precision step among these rows; give a steps_training.csv folder")
+    values = fit(runs, frozen)
+    known = {identity(r.row) for r in runs}
+    used = sorted({digest(r) for r in rows if r.op in METRICS and identity(r) in known})
+    without = left_out(runs, frozen)
+    off = np.abs(np.log(np.concatenate(list(without.values()))))
+    return {
+        "schema": SCHEMA,
+        "kind": KIND,
+        "date": on.isoformat(),
+        "rows_digest": digest_of(used),
+        "num_runs": len(runs),
+        "sources": sorted({r.row.source for r in runs}),
+        "factors": {
+            name: {
+                "value": round(value, DIGITS),
+                "prior": prior_of(name)[0],
+                "spread": prior_of(name)[1],
+            }
+            for name, value in values.items()
+        },
+        "half_80": round(float(np.quantile(off, 0.8)), DIGITS),
+        "half_90": round(float(np.quantile(off, 0.9)), DIGITS),
+        "left_out": {
+            group: round(100 * float(np.mean(np.abs(ratios - 1))), 2)
+            for group, ratios in without.items()
+        },
+        "rows": used,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m validate.low_precision_fit DIR`: fit on a folder's steps_training.csv."""
+    parser = argparse.ArgumentParser(
+        prog="python -m validate.low_precision_fit", description=main.__doc__
+    )
+    parser.add_argument("folder", metavar="DIR", type=Path, help="rows a calibration may use")
+    parser.add_argument("--output", metavar="FILE", type=Path, default=LOW_PRECISION_FILE)
+    given = parser.parse_args(arguments)
+    try:
+        rows = [row for f in csv_files(given.folder, TRAINING_FAMILY) for row in read(f).rows]
+        frozen = shipped_factors()
+        if frozen is None:
+            raise InputError("factors of 16-bit steps come first; run python -m validate.step_fit")
+        written = document(rows, frozen.values, on=datetime.date.today())
+        write_atomically(given.output, written)
+    except (InputError, OSError) as error:
+        print(f"validate.low_precision_fit: error: {error}", file=sys.stderr)
+        return 2
+    for name, entry in written["factors"].items():
+        print(f"{name:28} {entry['value']:8.4f}  prior {entry['prior']:g} +- {entry['spread']:g}")
+    for name, mape in written["left_out"].items():
+        print(f"left out {name:48} {mape:5.1f} %")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
