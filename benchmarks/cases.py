@@ -17,6 +17,7 @@ from simulator.estimate import BOUND, estimate
 from simulator.kernel_time.predict import predict
 from simulator.memory import training_memory
 from simulator.planners.parallelism import plan_parallelism, plan_space
+from simulator.planners.training import plan_training
 from simulator.recipe import RECIPES
 from simulator.stack import STACKS, OnDevice, factors_of
 from simulator.step import step_seconds, training_step
@@ -129,6 +130,7 @@ def cases() -> list[Case]:
             repeat=3,
         ),
         step_case(),
+        proof_case(),
         plan_case(),
     ]  # fmt: skip
 
@@ -205,6 +207,24 @@ def step_case() -> Case:
         bar_s=np.size(many.dp) / 2_000_000,
         units=np.size(many.dp),
         baseline_units=20,
+        repeat=3,
+    )
+
+
+def proof_case() -> Case:
+    """GPT-1T on 3,072 A100: the proven best plan, as `plan` answers it."""
+    step = train_step(
+        load_hf_config(ROOT / "examples/megatron-1t.json"), len_seq=2048, global_batch=3072
+    )
+    cluster = catalog.cluster("dgx-a100-80gb", nodes=384)
+    feasible = plan_parallelism(step, on=cluster).num_feasible
+    return Case(
+        name="plan proven for GPT-1T on 3,072 A100",
+        run=lambda: plan_training(step, on=cluster),
+        baseline_name=f"enumeration of {feasible:,} even plans that fit, ranked",
+        baseline=lambda: plan_parallelism(step, on=cluster),
+        bar_s=2.0,
+        baseline_units=1,
         repeat=3,
     )
 

@@ -31,24 +31,24 @@ def simulated(
 
 
 def test_the_analytic_step_agrees_on_a_thousand_random_plans() -> None:
-    """Two per cent on nine in ten, five on all but a few. The others exchange about as long as they
-    compute, or have stages that wait for each other's slowed last passes: the sum of pieces holds
-    that hiding exchange never costs more than waiting for it, the timeline finds plans where it
-    does (one in a thousand by a fifth of the step).
+    """Two per cent on nine in ten, five on all but a few, and these exchange for at least a third
+    as long as a pass takes.
+
+    Then nothing hides the first and last layers' exchange, or stages wait for each other's slowed
+    last passes: the sum of pieces holds that hiding exchange never costs more than waiting for it,
+    the timeline finds a plan in a thousand where it does.
     """
-    off, unlike = [], []
+    off, far = [], []
     for step, plan, stack, which in random_cases(7, 1000):
         asked = {"plan": plan, "on": CLUSTERS[which], "recipe": BF16, "stack": stack}
         found = simulate_training(step, **asked)  # type: ignore[arg-type]
         analytic = training_step(step, **asked)  # type: ignore[arg-type]
-        off.append(found.seconds / float(analytic.seconds) - 1)
-        if abs(off[-1]) > 0.02:
-            pieces = analytic.seconds_by_piece
-            unlike.append(float(pieces["data parallel"] + pieces["head"]) / found.seconds)
-    assert np.mean(np.abs(off) <= 0.02) > 0.92
-    assert np.mean(np.abs(off) <= 0.05) > 0.98 and np.abs(off).max() < 0.21
-    # Equal stages that exchange nothing leave nothing to disagree on.
-    assert np.quantile(unlike, 0.1) > 0.02
+        off.append(abs(found.seconds / float(analytic.seconds) - 1))
+        if off[-1] > 0.05:
+            t = found.layers
+            far.append((t.gather + t.reduce) / (t.forward + t.input_grad + t.weight_grad))
+    assert np.mean(np.asarray(off) <= 0.02) > 0.92 and np.mean(np.asarray(off) <= 0.05) > 0.98
+    assert max(off) < 0.3 and min(far) > 0.3
 
 
 def test_a_step_lies_between_its_busiest_stage_and_everything_in_turn() -> None:
