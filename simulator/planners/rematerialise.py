@@ -37,6 +37,7 @@ from functools import cached_property
 from typing import Final
 
 from hwmodels.errors import InfeasibleError, InputError
+from hwmodels.units import GIB
 from simulator.planners.program import (
     AT_LEAST,
     AT_MOST,
@@ -196,7 +197,7 @@ def plan(
         least, proven = least_budget(graph, engine=engine, time_limit_s=time_limit_s)
         word = "the least that works is" if proven else "enough would be"
         raise InfeasibleError(
-            f"no schedule fits {budget_bytes:.6g} bytes; {word} {least:.6g} bytes"
+            f"no schedule fits {budget_bytes / GIB:.4g} GiB; {word} {least / GIB:.4g} GiB"
         )
     if not found.has_point:
         raise InfeasibleError(

@@ -158,7 +158,7 @@ BAD: dict[str, tuple[tuple[str, ...], int, str]] = {
     "pipeline": ((*MODEL[:-4], "--pin", "pp=8", *MODEL[-2:]), 2, "pin pp=1"),
     "pins": ((*MODEL, "--pin", "cp=3"), 2, "do not divide 8 ranks"),
     "no budget": (GRAPH[:1], 2, "needs --budget"),
-    "small budget": ((GRAPH[0], "--budget", "5GB"), 3, "least that works is 5.5e+09"),
+    "small budget": ((GRAPH[0], "--budget", "5GB"), 3, "least that works is 5.122 GiB"),
     "graph chart": ((*GRAPH, "--html", "x.html"), 2, "no chart"),
     "engine": ((*TENSORS, "--prove", "gurobi"), 2, "give highs, cbc, cp-sat"),
     "time": ((*TENSORS, "--time-limit", "0s"), 2, "above 0 s"),
