@@ -197,7 +197,7 @@ def plan(
         least, proven = least_budget(graph, engine=engine, time_limit_s=time_limit_s)
         word = "the least that works is" if proven else "enough would be"
         raise InfeasibleError(
-            f"no schedule fits {budget_bytes / GIB:.4g} GiB; {word} {least / GIB:.4g} GiB"
+            f"no schedule fits {_size(budget_bytes)}; {word} {_size(least)}"
         )
     if not found.has_point:
         raise InfeasibleError(
@@ -335,3 +335,7 @@ class _Builder:
     def _sum(self, terms: dict[str, float], t: int, i: int, value: float) -> dict[str, float]:
         """The terms and S_ti, which exists for i < t only."""
         return {**terms, f"S[{t},{i}]": value} if i < t else terms
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:.4g} GiB" if num_bytes >= GIB / 1024 else f"{num_bytes:.6g} bytes"
