@@ -36,11 +36,13 @@ def test_ci_runs_the_readme_test_command_word_for_word() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_run(command: str) -> None:
+def test_commands_run(command: str, tmp_path: Path) -> None:
+    """In a folder of their own: what they write stays there."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     program = Path(sys.executable).parent / "ridgeplan"
     done = subprocess.run(
         [str(program), *shlex.split(command)],
-        cwd=ROOT,
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         env={**os.environ, "COLUMNS": "100"},
