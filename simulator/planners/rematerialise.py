@@ -196,9 +196,7 @@ def plan(
     if found.status == INFEASIBLE:
         least, proven = least_budget(graph, engine=engine, time_limit_s=time_limit_s)
         word = "the least that works is" if proven else "enough would be"
-        raise InfeasibleError(
-            f"no schedule fits {_size(budget_bytes)}; {word} {_size(least)}"
-        )
+        raise InfeasibleError(f"no schedule fits {_size(budget_bytes)}; {word} {_size(least)}")
     if not found.has_point:
         raise InfeasibleError(
             f"no schedule was found within {time_limit_s:g} s ({found.reason}); give more time "
