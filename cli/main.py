@@ -29,6 +29,7 @@ COMMANDS: Final = (
     "plan",
     "plan memory",
     "plan sequences",
+    "plan tiles",
     "simulate",
     "serve",
     "predict",

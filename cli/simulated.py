@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cli import show
 from cli.plans import BOUND, asked_text
 from cli.quantity import percent_text, scaled_text, seconds_text
+from cli.stages import counts_text
 from hwmodels.units import GIB
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ class Simulated:
     """One answer: the question, the timeline, the sum of pieces it is told with, and memory.
 
     `half_80`: half width, in log time, of the interval that held 80 % of the published steps whose
-    tables the fit had not seen; None on the bound rung. `stages` are those shown.
+    tables the fit had not seen; None on the bound rung. `stages` are those shown,
+    `counts` the layers of every stage where they were asked for.
     """
 
     question: TrainStep
@@ -43,6 +45,7 @@ class Simulated:
     found: StepTimeline
     analytic: StepEstimate
     stages: Sequence[StageMemory]
+    counts: Sequence[int] = ()
 
     @property
     def fullest(self) -> StageMemory:
@@ -64,6 +67,12 @@ class Simulated:
         """Model flops over what all ranks could do in that time."""
         peak = self.analytic.peak_flops_per_s * float(self.found.plan.num_ranks)
         return float(self.question.model_flops) / (self.found.seconds * peak)
+
+    @property
+    def plan_text(self) -> str:
+        """The plan, with the layers of its stages where they were asked for."""
+        plan = str(self.found.plan)
+        return f"{plan}, stages of {counts_text(self.counts)} layers" if self.counts else plan
 
     @property
     def stack_name(self) -> str:
@@ -93,6 +102,7 @@ def record(s: Simulated) -> dict[str, Any]:
         "num_accelerators": s.cluster.num_accelerators,
         "plan": s.found.plan,
         "schedule": s.found.schedule.name,
+        "stage_layers": s.found.stage_layers,
         "stack": s.stack_name,
         "recipe": s.recipe.name,
         "source": s.source,
@@ -148,7 +158,7 @@ def _facts(s: Simulated) -> list[tuple[str, str]]:
     rate = scaled_text(float(s.question.num_tokens / found.seconds), "tokens/s")
     told = f"; {s.framework.stack.source}" if s.framework else ""
     return [
-        ("Plan", f"{found.plan}, schedule {found.schedule.name}"),
+        ("Plan", f"{s.plan_text}, schedule {found.schedule.name}"),
         ("Step", step_text(s)),
         ("Speed", f"{rate}, MFU {percent_text(s.mfu_frac)}"),
         ("Critical path", critical),

@@ -20,8 +20,9 @@ fragments; `simulator.fsdp_memory` replays those for a framework that has them.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple
 
@@ -206,21 +207,21 @@ def stage_timeline(
     schedule: Schedule,
     stage: int = 0,
     options: StageOptions = FUSED,
+    stage_layers: Sequence[float] | None = None,
 ) -> Timeline:
-    """One step of one rank of a stage; layers over the parts as `simulator.timeline` lays them."""
+    """One step of one rank of a stage; layers over the parts as `simulator.timeline` lays them.
+
+    `stage_layers`: how many each stage holds, where they differ.
+    """
     if not 0 <= stage < schedule.num_stages:
         raise InputError(f"stage {stage} of {schedule.num_stages}; count from 0")
     if schedule.num_stages != plan.pp:
         raise InputError(
             f"the schedule has {schedule.num_stages} stages, the plan {plan.pp}; make them equal"
         )
-    if step.config.num_layers % schedule.num_parts and len(schedule.parts) > 1:
-        raise InputError(
-            f"{step.config.num_layers} layers do not divide over {schedule.num_parts} parts; "
-            "change the stages or the chunks"
-        )
+    held = part_layers(schedule, step.config.num_layers, stage_layers)
     trace, marks = Trace(), []
-    bare = _Stage(step, plan, recipe, schedule, stage, options)
+    bare = _Stage(step, plan, recipe, schedule, stage, options, held)
     run = replace(bare, table={k: tuple(bare.saved_of(k)) for k in step.config.kinds})
     for kind, num_bytes in run.states().items():
         trace.allocate(kind, num_bytes, kind=kind)
@@ -228,6 +229,47 @@ def stage_timeline(
         run.play(trace, one)
         marks.append(len(trace.events))
     return replace(trace.timeline(), pass_ends=tuple(marks))
+
+
+def part_layers(
+    schedule: Schedule, num_layers: int, stage_layers: Sequence[float] | None = None
+) -> tuple[range, ...]:
+    """Layers of the model that each part holds, in order; ceil(L / parts) where stages are alike.
+
+    A stage of several parts has its layers in equal ones.
+
+    >>> from simulator.schedule import schedule
+    >>> two = schedule("interleaved", num_stages=2, num_micro_batches=2, num_chunks=2)
+    >>> part_layers(two, 10, (6, 4))
+    (range(0, 3), range(3, 5), range(5, 8), range(8, 10))
+    """
+    parts = schedule.num_parts
+    if stage_layers is None:
+        if num_layers % parts and len(schedule.parts) > 1:
+            raise _indivisible(num_layers, parts)
+        most = -(-num_layers // parts)
+        sizes = [min(max(num_layers - i * most, 0), most) for i in range(parts)]
+    else:
+        chunks = parts // schedule.num_stages  # fewer than a stage holds where two share a part
+        sizes = [0] * parts
+        for chunk in schedule.parts[:chunks]:
+            for stage, part in enumerate(chunk):
+                sizes[part] = int(stage_layers[stage] // chunks)
+        alike = all(
+            sizes[chunk[s]] == stage_layers[s] / chunks
+            for chunk in schedule.parts
+            for s in range(schedule.num_stages)
+        )
+        if sum(sizes) != num_layers or not alike:
+            raise _indivisible(num_layers, parts)
+    starts = [0, *itertools.accumulate(sizes)]
+    return tuple(range(a, b) for a, b in itertools.pairwise(starts))
+
+
+def _indivisible(num_layers: int, num_parts: int) -> InputError:
+    return InputError(
+        f"{num_layers} layers do not divide over {num_parts} parts; change the stages or the chunks"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +280,7 @@ class _Stage:
     schedule: Schedule
     stage: int
     options: StageOptions
+    held: tuple[range, ...]
     table: Mapping[str, tuple[tuple[SavedTensor, float], ...]] = field(default_factory=dict)
 
     # ---- sizes -----------------------------------------------------------------------------
@@ -306,9 +349,7 @@ class _Stage:
 
     def layers(self, chunk: int) -> range:
         """Layers of the model that a chunk of this stage holds."""
-        per_part = -(-self.cfg.num_layers // self.schedule.num_parts)
-        start = self.schedule.parts[chunk][self.stage] * per_part
-        return range(start, min(start + per_part, self.cfg.num_layers))
+        return self.held[self.schedule.parts[chunk][self.stage]]
 
     def saved(self, layer: int) -> Iterable[tuple[SavedTensor, float]]:
         """The tensors of a layer with their bytes."""

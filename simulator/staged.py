@@ -65,6 +65,8 @@ from workloads.numeric import Num, ceil_div
 from workloads.plan import Plan
 
 COPIES: Final = "host copies"
+MOST_TOLD: Final = 16
+"""Stages that an error names one by one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -359,10 +361,52 @@ def _piped(seconds: Sequence[float], micro: float, chunks: float) -> float:
 
 def even_stages(step: TrainStep, plan: Plan, mode: str = NONE) -> tuple[StageLayers, ...]:
     """Stages of ceil(L / p) layers in one mode, the last what is left, as plans have them."""
+    num = step.config.num_layers
+    most = int(ceil_div(num, plan.pp))
+    return counted_stages(
+        step, plan, [min(max(num - i * most, 0), most) for i in range(int(plan.pp))], mode
+    )
+
+
+def counted_stages(
+    step: TrainStep, plan: Plan, counts: Sequence[int], mode: str = NONE
+) -> tuple[StageLayers, ...]:
+    """Stages of so many layers each, all in one mode.
+
+    A stage's chunks hold as many each; the model's layers go round the stages, chunk by chunk.
+    Refuses what is no split of the layers.
+    """
+    p, v = int(plan.pp), int(plan.interleave)
+    check_counts(counts, step.config.num_layers, p, v)
     kinds, sequence = layer_kinds(step.config, by_attention=apart(plan))
-    most = int(ceil_div(len(sequence), plan.pp))
-    found = []
-    for i in range(int(plan.pp)):
-        own = sequence[i * most : (i + 1) * most]
-        found.append(stage_layers({k.name: {mode: own.count(j)} for j, k in enumerate(kinds)}))
-    return tuple(found)
+    own: list[list[int]] = [[] for _ in range(p)]
+    start = 0
+    for _ in range(v):
+        for stage, count in enumerate(counts):
+            own[stage] += sequence[start : start + count // v]
+            start += count // v
+    return tuple(
+        stage_layers({k.name: {mode: held.count(j)} for j, k in enumerate(kinds)}) for held in own
+    )
+
+
+def check_counts(counts: Sequence[int], num_layers: int, num_stages: int, chunks: int) -> None:
+    """Refuses numbers of layers that are no split of the model into such stages and chunks."""
+    told = ",".join(map(str, counts[:MOST_TOLD])) + (",..." if len(counts) > MOST_TOLD else "")
+    if len(counts) != num_stages:
+        raise InputError(
+            f"stages {told} are {len(counts)} numbers of a plan with pp = {num_stages}; give "
+            f"{num_stages}, or pin pp={len(counts)}"
+        )
+    if sum(counts) != num_layers:
+        raise InputError(
+            f"stages {told} hold {sum(counts)} layers, the model has {num_layers}; make the sum "
+            f"{num_layers}"
+        )
+    if min(counts) < 1:
+        raise InputError(f"stages {told} leave one empty; give every stage 1 layer or more")
+    if any(count % chunks for count in counts):
+        raise InputError(
+            f"stages {told} do not divide into {chunks} chunks each; give multiples of {chunks}, "
+            "or pin v=1"
+        )

@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from hwmodels.cluster import Cluster
+from hwmodels.errors import InputError
 from simulator.felt_exchange import wait_share
 from simulator.layer_modes import NONE, layer_kinds, mode_costs
 from simulator.recipe import Recipe
+from simulator.schedule import DUALPIPE
 from simulator.stack import OnDevice
 from simulator.staged import StageCost, StageLayers, apart, stage_costs
 from simulator.step import data_seconds, layer_times
@@ -31,13 +33,22 @@ def simulate_staged(
     recipe: Recipe,
     stack: OnDevice | None = None,
     schedule_name: str | None = None,
+    loading_s: float = 0.0,
 ) -> StepTimeline:
     """One step under a plan with the layers and modes of every stage; see `simulate_training`."""
+    if schedule_name == DUALPIPE:
+        raise InputError(
+            "dualpipe lays two parts of the model on every rank; give another schedule, or leave "
+            "the stages alike"
+        )
     bare = replace(plan, recompute=int(Recompute.NONE))
     costs = stage_costs(step, plan=bare, stages=stages, on=on, recipe=recipe, stack=stack)
     layers = _layers(step, bare, stages, costs, on, recipe, stack)
     held = [float(s.num_layers) for s in stages]
-    return simulate_stages(step, layers, held, plan=plan, stack=stack, schedule_name=schedule_name)
+    return simulate_stages(
+        step, layers, held, plan=plan, stack=stack, schedule_name=schedule_name,
+        loading_s=loading_s,
+    )  # fmt: skip
 
 
 def _layers(

@@ -39,8 +39,9 @@ def stage_memory(
 ) -> StageMemory:
     """Memory of one rank of the stage while the step runs."""
     memory = stage_timeline(
-        step, plan=found.plan, recipe=recipe, schedule=found.schedule, stage=stage
-    )
+        step, plan=found.plan, recipe=recipe, schedule=found.schedule, stage=stage,
+        stage_layers=found.stage_layers,
+    )  # fmt: skip
     own = [p for p in found.passes if p.stage == stage]
     starts, ends = found.timeline.start_s, found.timeline.end_s
     points = [
@@ -66,8 +67,13 @@ def fullest(stages: Sequence[StageMemory]) -> StageMemory:
 def outer_stages(
     found: StepTimeline, step: TrainStep, *, recipe: Recipe
 ) -> tuple[StageMemory, ...]:
-    """The first stage, which has most micro-batches in flight, and the last, which has the head."""
-    return tuple(
-        stage_memory(found, step, recipe=recipe, stage=s)
-        for s in sorted({0, found.schedule.num_stages - 1})
-    )
+    """The first stage, which has most micro-batches in flight, and the last, which has the head.
+
+    Where another stage holds more layers than the first, the fullest of all is there too.
+    """
+    last = found.schedule.num_stages - 1
+    outer = {0, last}
+    if max(found.stage_layers) > found.stage_layers[0]:
+        every = tuple(all_stages(found, step, recipe=recipe))
+        return tuple(every[s] for s in sorted({*outer, fullest(every).stage}))
+    return tuple(stage_memory(found, step, recipe=recipe, stage=s) for s in sorted(outer))

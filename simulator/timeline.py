@@ -164,8 +164,6 @@ def simulate_training(
     where the plan has more than one chunk a stage. `loading_s` is what the host takes to read a
     batch, one step ahead.
     """
-    if not 0 <= loading_s < float("inf"):
-        raise InputError(f"a batch is loaded in {loading_s:g} s; give a number of seconds from 0")
     layers = layer_seconds(step, plan=plan, on=on, recipe=recipe, stack=stack)
     held = _stage_layers(step, plan)
     return simulate_stages(
@@ -185,6 +183,8 @@ def simulate_stages(
     loading_s: float = 0.0,
 ) -> StepTimeline:
     """The same with stages that differ: the mean layer of each, and how many it holds."""
+    if not 0 <= loading_s < float("inf"):
+        raise InputError(f"a batch is loaded in {loading_s:g} s; give a number of seconds from 0")
     num_micro = float(plan.num_micro_batches(step.global_batch))
     if num_micro != int(num_micro):
         raise InputError(

@@ -43,7 +43,7 @@ MILLI: Final = 1e3
 
 
 def figure(s: Simulated) -> go.Figure:
-    """Passes of the stages above, live bytes of the first and the last stage below."""
+    """Passes of the stages above, live bytes of first, last and fullest stage below."""
     fig = go.Figure()
     spans = _spans(s.found)
     shown = spans[:MOST_SPANS]
@@ -56,7 +56,7 @@ def figure(s: Simulated) -> go.Figure:
     style(
         fig,
         title=shortened(s.heading(), 84),
-        subtitle=f"{s.found.plan}: {step_text(s)}, {rate}, MFU {percent_text(s.mfu_frac)}, "
+        subtitle=f"{s.plan_text}: {step_text(s)}, {rate}, MFU {percent_text(s.mfu_frac)}, "
         f"stages idle {percent_text(s.found.bubble_frac())}",
         footnote=shortened(f"{s.stack_name}: {s.source}{cut}.", 170),
     )
@@ -99,7 +99,7 @@ def _draw_spans(
 
 
 def _draw_memory(fig: go.Figure, s: Simulated, unit: float) -> None:
-    for own, color in zip(s.stages, (INK, PALETTE[1]), strict=False):
+    for own, color in zip(s.stages, (INK, PALETTE[1], PALETTE[4]), strict=False):
         fig.add_scatter(
             x=own.when_s * unit,
             y=own.live_bytes / GIB,

@@ -31,9 +31,11 @@ from cli.quantity import parse
 if TYPE_CHECKING:
     from cli.simulated import Simulated
     from hwmodels.cluster import Cluster
+    from simulator.pieces import StepEstimate
     from simulator.planners.sequence_splits import Splits
     from simulator.recipe import Recipe
     from simulator.stack import OnDevice
+    from simulator.timeline import StepTimeline
     from workloads.models.transformer import TrainStep
     from workloads.plan import Plan
 
@@ -61,6 +63,14 @@ ScheduleName: TypeAlias = Annotated[
         help="gpipe, 1f1b, interleaved, zero_bubble or dualpipe (1f1b; interleaved with v).",
     ),
 ]
+Stages: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--stages",
+        metavar="N,N,...",
+        help="Layers of every pipeline stage, first to last (as many each as can be).",
+    ),
+]
 DataLoading: TypeAlias = Annotated[
     str,
     typer.Option("--data-loading", metavar="TIME", help="The host reads a batch in: 80ms."),
@@ -80,6 +90,7 @@ def simulate(
     param: OnePlan = None,
     stack: Framework = "megatron",
     schedule: ScheduleName = None,
+    stages: Stages = None,
     recipe: RecipeName = "bf16",
     sequence_parallel: SplitNames = None,
     data_loading: DataLoading = "0s",
@@ -98,6 +109,7 @@ def simulate(
       ridgeplan simulate examples/llama3-8b.json -c hgx-h100 -n 8 --seq 8k -b 256 --trace t.json
       ridgeplan simulate examples/llama3-70b.json -c hgx-h100 -n 8 --seq 8k -b 128 --pin pp=4
       ridgeplan simulate examples/llama3-8b.json -c hgx-h100 --seq 8k -b 64 --stack torchtitan
+      ridgeplan simulate examples/llama3-8b.json -c hgx-h100 --seq 8k -b 64 --stages 9,8,8,7
       ridgeplan simulate examples/llama3-8b.json -c hgx-h100 -n 2 --seq 256k -b 8 --pin cp=16 \\
         --sequence-parallel hybrid --pin ulysses=8
     """
@@ -105,6 +117,7 @@ def simulate(
     from cli.files import check_writable, write_all
     from cli.progress import patience
     from cli.simulated import print_screen, record
+    from cli.stages import pinned_stages, stages_given
     from hwmodels import catalog
     from simulator.recipe import recipe as recipe_of
     from workloads.models.config import load_model
@@ -115,11 +128,13 @@ def simulate(
     question: Any = question_of(
         "train", load_model(model), whole(seq, "--seq"), whole(global_batch, "--global-batch")
     )
-    framework = framework_on(stack, system, chosen)
+    framework, counts = framework_on(stack, system, chosen), stages_given(stages)
+    pins = pinned_stages(pins_given(param or []), counts, question.config.num_layers)
     with patience("simulating"):
-        pins, splits = pins_given(param or []), splits_asked(sequence_parallel or [])
-        plan = _plan(question, system, chosen, pins, framework, splits)
-        answer = _answer(question, system, chosen, framework, plan, schedule, data_loading)
+        plan = _plan(
+            question, system, chosen, pins, framework, splits_asked(sequence_parallel or [])
+        )
+        answer = _answer(question, system, chosen, framework, plan, counts, schedule, data_loading)
         contents = _files(answer, pictures, trace)
     write_all(contents)
     if as_json:
@@ -148,18 +163,23 @@ def _answer(
     recipe: Recipe,
     framework: OnDevice | None,
     plan: Plan,
+    counts: tuple[int, ...],
     schedule: str | None,
     data_loading: str,
 ) -> Simulated:
     from cli.simulated import Simulated
-    from simulator.step import training_step
     from simulator.step_memory import outer_stages
-    from simulator.timeline import simulate_training
 
-    found = simulate_training(
-        question, plan=plan, on=system, recipe=recipe, stack=framework, schedule_name=schedule,
+    found, analytic = (_staged if counts else _even)(
+        question,
+        counts,
         loading_s=parse(data_loading, "s", "--data-loading"),
-    )  # fmt: skip
+        schedule_name=schedule,
+        plan=plan,
+        on=system,
+        recipe=recipe,
+        stack=framework,
+    )
     return Simulated(
         question=question,
         cluster=system,
@@ -167,9 +187,47 @@ def _answer(
         framework=framework,
         half_80=None if framework is None else half_80_of(recipe),
         found=found,
-        analytic=training_step(question, plan=plan, on=system, recipe=recipe, stack=framework),
+        analytic=analytic,
         stages=outer_stages(found, question, recipe=recipe),
+        counts=counts,
     )
+
+
+def _even(
+    question: TrainStep,
+    _: tuple[int, ...],
+    *,
+    schedule_name: str | None,
+    loading_s: float,
+    **asked: Any,
+) -> tuple[StepTimeline, StepEstimate]:
+    """The step, and the sum of its pieces, of a plan whose stages are alike."""
+    from simulator.step import training_step
+    from simulator.timeline import simulate_training
+
+    found = simulate_training(question, schedule_name=schedule_name, loading_s=loading_s, **asked)
+    return found, training_step(question, **asked)
+
+
+def _staged(
+    question: TrainStep,
+    counts: tuple[int, ...],
+    *,
+    schedule_name: str | None,
+    loading_s: float,
+    **asked: Any,
+) -> tuple[StepTimeline, StepEstimate]:
+    """The same where every stage has its own number of layers."""
+    from cli.stages import stages_of
+    from simulator.staged import stage_costs, staged_step
+    from simulator.staged_timeline import simulate_staged
+
+    stages = stages_of(question, asked["plan"], counts)
+    found = simulate_staged(
+        question, stages=stages, schedule_name=schedule_name, loading_s=loading_s, **asked
+    )
+    costs = stage_costs(question, stages=stages, **asked)
+    return found, staged_step(question, costs, **asked)
 
 
 def _plan(
@@ -180,7 +238,7 @@ def _plan(
     framework: OnDevice | None,
     splits: Splits,
 ) -> Plan:
-    """The fastest plan that fits with these pins."""
+    """The fastest plan that fits with these pins, as though stages were alike."""
     from simulator.planners.parallelism import plan_parallelism
 
     return plan_parallelism(

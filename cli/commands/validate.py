@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from validate.compare import Ablation, Comparison, Table
     from validate.measurement import Readings
     from validate.peak_memory import PeakComparison
+    from validate.plan_ranking import Ranking
     from validate.serving import ServingComparison
     from validate.step_accuracy import StepAccuracy
     from validate.steps import StepComparison
@@ -41,10 +42,12 @@ class Whole:
     serving: ServingComparison
     peaks: PeakComparison
     collectives: Sequence[CollectiveCell] = ()
+    rankings: Sequence[Ranking] = ()
 
     def as_dict(self) -> dict[str, object]:
         """The JSON document's part."""
         from validate.collective_cells import as_dicts as as_cells
+        from validate.plan_ranking import as_dicts as as_rankings
         from validate.step_accuracy import as_dicts
 
         return {
@@ -52,12 +55,14 @@ class Whole:
             "serving_steps": self.serving.as_dict(),
             "peak_memory": self.peaks.as_dict(),
             "collective_cells": as_cells(self.collectives),
+            "plan_ranking": as_rankings(self.rankings),
         }
 
     def show(self) -> None:
         """All of it as tables."""
         _print_steps(self.steps)
         _print_accuracy(self.accuracy)
+        _print_rankings(self.rankings)
         _print_serving(self.serving)
         _print_peaks(self.peaks)
         _print_collectives(self.collectives)
@@ -131,6 +136,7 @@ def _compare_whole(readings: Readings, calibrations: Sequence[Calibration] | Non
     from validate.collective_cells import collective_cells
     from validate.moe_accuracy import moe_accuracy
     from validate.peak_memory import compare_peaks
+    from validate.plan_ranking import plan_ranking
     from validate.serving import compare_serving
     from validate.step_accuracy import published_accuracy, step_accuracy
     from validate.steps import compare_steps
@@ -146,6 +152,7 @@ def _compare_whole(readings: Readings, calibrations: Sequence[Calibration] | Non
         serving=compare_serving(readings.rows),
         peaks=compare_peaks(readings.rows),
         collectives=collective_cells(readings.rows, calibrations),
+        rankings=plan_ranking(readings.rows),
     )
 
 
@@ -241,6 +248,15 @@ def _print_accuracy(tables: Sequence[StepAccuracy]) -> None:
         "left out: the table's error where the factors were fitted without it; MFU: one constant "
         "share of peak; assumed: runs with a size that nobody published"
     )
+
+
+def _print_rankings(rankings: Sequence[Ranking]) -> None:
+    """A line each; those without two alternatives have none."""
+    from validate.plan_ranking import line
+
+    for ranking in rankings:
+        if ranking.groups:
+            show.console().print(line(ranking))
 
 
 def _device_id(label: str) -> str:

@@ -37,6 +37,7 @@ from hwmodels.errors import InfeasibleError, InputError
 from simulator.inference import inference_step
 from simulator.memory import MemoryEstimate, inference_memory, training_memory
 from simulator.pieces import StepEstimate
+from simulator.planners.pin_rules import check_pins
 from simulator.planners.sequence_splits import ANY, Splits, pinned_splits, with_splits
 from simulator.recipe import RECIPES, Recipe, require_wide
 from simulator.stack import OnDevice
@@ -142,7 +143,8 @@ def plan_parallelism(
 
     On the bound rung, or with a `stack` as that framework trains. For serving, `step.batch` is
     the number of sequences on the whole cluster. `pins` keeps only plans with the given field
-    values ({'tp': 8}); `splits` are the ways in which cp > 1 shares a sequence.
+    values ({'tp': 8}) and may break no rule of the space (`pin_rules`); `splits` are the ways in
+    which cp > 1 shares a sequence.
     """
     if not 0 < hbm_frac <= 1:
         raise InputError(f"HBM fraction {hbm_frac:g} must lie in (0, 1]")
@@ -272,7 +274,20 @@ def select(plans: Plan, index: NDArray[np.intp]) -> Plan:
 
 def _asked(step: Step, on: Cluster, pins: Mapping[str, int], splits: Splits) -> Plan:
     """The plans of the space that have the pinned values, their sequences split as asked."""
+    check_against_rules(pins, step, on, even=True)
     return narrowed(plan_space(step, on=on), step, pins, splits)
+
+
+def check_against_rules(pins: Mapping[str, int], step: Step, on: Cluster, *, even: bool) -> None:
+    """Raise `InputError` with the rule of the space that the pins break, or the unknown field."""
+    names = [f.name for f in fields(Plan)]
+    for name in pins:
+        if name not in names:
+            raise InputError(f"a plan has no '{name}'; pin one of {', '.join(names)}")
+    check_pins(
+        pins, step, on=on, max_micro_batch=MAX_MICRO_BATCH, max_interleave=MAX_INTERLEAVE,
+        even=even,
+    )  # fmt: skip
 
 
 def narrowed(space: Plan, step: Step, pins: Mapping[str, int], splits: Splits) -> Plan:
@@ -287,11 +302,8 @@ def narrowed(space: Plan, step: Step, pins: Mapping[str, int], splits: Splits) -
 
 def _pinned(plans: Plan, pins: Mapping[str, int]) -> Plan:
     """The plans that have the pinned values."""
-    names = [f.name for f in fields(Plan)]
     keep = np.ones(np.shape(plans.dp), dtype=bool)
     for name, value in pins.items():
-        if name not in names:
-            raise InputError(f"a plan has no '{name}'; pin one of {', '.join(names)}")
         keep &= np.asarray(getattr(plans, name)) == value
     if not keep.any():
         wanted = ", ".join(f"{k}={v}" for k, v in pins.items())

@@ -8,74 +8,62 @@ makes the largest one smallest); for each, groups g of d_g ranks and an owner of
           sum_g d_g <= N                                                                    (3)
           every sequence k in one group                                                     (4)
 
-with w and the rest from `GroupCost` (arXiv 2412.01523, equations 17 to 22). Groups of a size are
-alike, so at a fixed C one asks for n_d groups of size d that take A_qd sequences of length class q:
+with w and the rest from `GroupCost` (arXiv 2412.01523, equations 17 to 22). `group_bound` proves
+how long C must be; at makespans a little above that it says how many groups of each size to form
+and which lengths they take, `group_placement` makes a plan of it, and the best of equal groups
+competes. A step's bound holds for the micro-batches it was cut into.
 
-    sum_q A_qd w_qd <= n_d (C - fixed)          sum_q A_qd s_q <= n_d d rank_tokens          (5)
-    sum_d A_qd = b_q                            A_qd = 0 where one alone breaks (1) or (2)   (6)
-    sum_(q: w_qd > (C - fixed) / (z + 1)) A_qd <= z n_d,   z = 1, 2, 3                       (7)
-    sum_(q: s_q > d rank_tokens / (z + 1)) A_qd <= z n_d                                     (8)
-    min sum_d d n_d
-
-More than N ranks prove that C is too short: bisection gives the lower bound (classes counted at
-their shortest member, no variable whole). At a C just above it, n_d whole, the groups come out;
-longest-first placement with moves and swaps then gives a plan, and the homogeneous ones compete.
-
-    Implemented in: `ranks_needed` (5 to 8), `lower_bound_s`, `placed` (1, 2, 4), `plan_groups`
-    (3), `split` (micro-batches), `plan_step`, `homogeneous_step` (the baseline).
+    Implemented in: `plan_groups` (3), `placed` (1, 2, 4), `split` (micro-batches), `plan_step`,
+    `homogeneous_step` (the baseline).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_array, csr_array
 
 from hwmodels.errors import InfeasibleError, InputError
-from simulator.variable_length import Floats, GroupCost, Ints
+from simulator.planners.group_bound import (
+    Classes,
+    Question,
+    Whole,
+    branched,
+    classes,
+    lower_bound_s,
+    whole_groups,
+)
+from simulator.planners.group_placement import GroupPlan, placed
+from simulator.variable_length import GroupCost, Ints
 
-NUM_CLASSES: Final = 64
-"""Length classes of the lower bound; fewer lengths than that are each their own."""
-FEW: Final = (1, 2, 3)
-"""z of (7): at most z sequences that fill more than a 1 / (z + 1) share of a group."""
-BISECTIONS, FEW_BISECTIONS = 14, 6
-TARGETS: Final = (1.0, 1.01, 1.03, 1.07, 1.15)
+TARGETS: Final = (1.005, 1.01, 1.015, 1.02, 1.03, 1.05, 1.08)
 """Makespans over the lower bound for which whole groups are asked."""
-PROGRAM_LIMIT_S: Final = 2.0
-"""Time one integer program may take; what it has found by then is a plan all the same."""
-MOST_MOVES: Final = 400
+GAP_FRAC: Final = 0.02
+"""Distance from the proven bound at which the search ends."""
+LIMIT_S: Final = 5.0
+"""Time the search for one micro-batch may take."""
+BOUND_SHARE: Final = 0.4
+"""Part of that which the bound may take."""
+PROGRAM_S: Final = 1.0
+"""Time one program for whole groups may take."""
+LEAST_S: Final = 0.05
+"""Time that proving one micro-batch may take when none is left: a bound without a search."""
+ROUNDING_FRAC: Final = 1e-12
+SPARE_FRAC: Final = 0.005
+"""Room left free when whole groups are asked for: sequences do not fill it as classes do."""
+MOST_STEPS: Final = 3
+"""Splits and joins between groups that are tried and the best ones."""
+LEAST_STEP: Final = 1e-3
+"""Distance at which the bisection of the bound ends."""
 EXTRA_SPLITS: Final = 3
 """Numbers of micro-batches tried: the least one and so many more (FlexSP tries five in all)."""
 FILL_FRAC: Final = 0.9
 """Room of a group that the homogeneous baseline packs up to (FlexSP's solver)."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GroupPlan:
-    """One micro-batch: `owners[k]` is the group of sequence k, `degrees` the groups' sizes.
-
-    `lower_s` is proven; `gap_frac` is how far the plan may be from the best one.
-    """
-
-    degrees: tuple[int, ...]
-    owners: Ints
-    seconds: float
-    lower_s: float = 0.0
-
-    @property
-    def gap_frac(self) -> float:
-        """(plan - bound) / bound."""
-        return self.seconds / self.lower_s - 1 if self.lower_s else math.inf
-
-    def __str__(self) -> str:
-        used = [self.degrees[g] for g in np.unique(self.owners)]
-        counts = {d: used.count(d) for d in sorted(set(used), reverse=True)}
-        return "<" + ",".join(f"{d}x{n}" if n > 1 else f"{d}" for d, n in counts.items()) + ">"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +76,17 @@ class StepPlan:
     def seconds(self) -> float:
         """All micro-batches."""
         return sum(plan.seconds for _, plan in self.micro_batches)
+
+    @property
+    def lower_s(self) -> float:
+        """No groups finish these micro-batches sooner; 0 where one of them has no bound."""
+        lows = [plan.lower_s for _, plan in self.micro_batches]
+        return sum(lows) if all(lows) else 0.0
+
+    @property
+    def gap_frac(self) -> float:
+        """(plan - bound) / bound, for the micro-batches as they are cut."""
+        return self.seconds / self.lower_s - 1 if self.lower_s else math.inf
 
     def exchange_s(self, cost: GroupCost) -> float:
         """Seconds of all-to-alls on a rank, the mean over the ranks of each micro-batch."""
@@ -102,284 +101,194 @@ class StepPlan:
         return "; ".join(str(plan) for _, plan in self.micro_batches)
 
 
-# ---- placing sequences into given groups -------------------------------------------------------
+# ---- the groups --------------------------------------------------------------------------------
 
 
-def placed(held: Ints, degrees: Sequence[int], cost: GroupCost) -> GroupPlan | None:
-    """Longest first, each where it ends soonest; then moves and swaps. None where it does not fit.
-
-    Two other rules for the first placement compete, which run out of room later.
-
-    >>> unit = GroupCost(square_s=0, token_s=1, fixed_s=0, exchange_s={1: 0}, rank_tokens=9)
-    >>> placed(np.array([3, 3, 2, 2, 2]), (1, 1), unit).seconds
-    6.0
-    """
-    sizes = np.asarray(degrees, dtype=np.int64)
-    weights = {d: cost.weight_s(held, d) for d in set(degrees)}
-    table = np.stack([weights[d] for d in degrees], axis=1)
-    best: _State | None = None
-    for rule in (_SOONEST, _EVEN, _FULLEST):
-        state = _State(
-            lengths=held,
-            table=table,
-            room=np.asarray(sizes * cost.rank_tokens, dtype=np.float64),
-            load=np.zeros(len(sizes)),
-            owners=np.full(len(held), -1, dtype=np.int64),
-        )
-        if _filled_by(state, rule):
-            _improve(state)
-            best = state if best is None or state.load.max() < best.load.max() else best
-    if best is None:
-        return None
-    return GroupPlan(
-        degrees=tuple(int(d) for d in sizes),
-        owners=best.owners,
-        seconds=float(best.load.max()) + cost.fixed_s,
-    )
-
-
-_SOONEST, _EVEN, _FULLEST = "soonest", "even", "fullest"
-
-
-def _filled_by(state: _State, rule: str) -> bool:
-    """Longest first, each to the group of least `wanted`; False: one found no room.
-
-    By the end of the group's time, by the larger of its shares of time and of room that are taken,
-    or by the room it leaves.
-    """
-    whole = state.room.copy()
-    even_s = state.table.mean() * len(state.lengths) / len(whole)
-    for k in np.argsort(-state.lengths, kind="stable"):
-        ends = state.load + state.table[k]
-        wanted = {
-            _SOONEST: ends,
-            _EVEN: np.maximum(ends / even_s, 1 - (state.room - state.lengths[k]) / whole),
-            _FULLEST: state.room,
-        }[rule]
-        wanted = np.where(state.room >= state.lengths[k], wanted, np.inf)
-        group = int(np.argmin(wanted))
-        if not math.isfinite(wanted[group]):
-            return False
-        state.give(int(k), group)
-    return True
-
-
-@dataclass(slots=True)
-class _State:
-    """Who has what while it changes: seconds and free tokens of every group."""
-
-    lengths: Ints
-    table: Floats
-    room: Floats
-    load: Floats
-    owners: Ints
-
-    def give(self, k: int, group: int) -> None:
-        """Put sequence k into a group, out of the one it was in."""
-        old = self.owners[k]
-        if old >= 0:
-            self.load[old] -= self.table[k, old]
-            self.room[old] += self.lengths[k]
-        self.load[group] += self.table[k, group]
-        self.room[group] -= self.lengths[k]
-        self.owners[k] = group
-
-
-def _improve(state: _State) -> None:
-    """Moves out of the fullest group, then swaps with it, as long as they shorten it."""
-    for _ in range(MOST_MOVES):
-        worst = int(np.argmax(state.load))
-        if not (_move(state, worst) or _swap(state, worst)):
-            return
-
-
-def _move(state: _State, worst: int) -> bool:
-    mine = np.flatnonzero(state.owners == worst)
-    after = state.load[None, :] + state.table[mine]
-    after[:, worst] = np.inf
-    after[state.lengths[mine, None] > state.room[None, :]] = np.inf
-    left = (state.load[worst] - state.table[mine, worst])[:, None]
-    longest = np.maximum(after, left)
-    i, group = np.unravel_index(int(np.argmin(longest)), longest.shape)
-    if longest[i, group] >= state.load[worst] * (1 - 1e-9):
-        return False
-    state.give(int(mine[i]), int(group))
-    return True
-
-
-def _swap(state: _State, worst: int) -> bool:
-    mine, others = np.flatnonzero(state.owners == worst), np.flatnonzero(state.owners != worst)
-    if not len(others):
-        return False
-    theirs = state.owners[others]
-    here = state.load[worst] - state.table[mine, worst][:, None] + state.table[others, worst]
-    gained = state.table[mine][:, theirs] - state.table[others, theirs]
-    longest = np.maximum(here, state.load[theirs] + gained)
-    more = state.lengths[mine][:, None] - state.lengths[others]
-    longest[(more > state.room[theirs]) | (-more > state.room[worst])] = np.inf
-    i, j = np.unravel_index(int(np.argmin(longest)), longest.shape)
-    if longest[i, j] >= state.load[worst] * (1 - 1e-9):
-        return False
-    target = int(theirs[j])
-    state.give(int(mine[i]), target)
-    state.give(int(others[j]), worst)
-    return True
-
-
-# ---- the bound and the groups ------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Classes:
-    """Sequences of about the same length: `lengths` is the shortest of each, `counts` how many."""
-
-    lengths: Ints
-    counts: Ints
-
-
-def classes(held: Ints, num: int = NUM_CLASSES) -> Classes:
-    """At most `num` classes with about equal tokens each.
-
-    >>> classes(np.array([4, 4, 2])).counts.tolist()
-    [1, 2]
-    """
-    ordered = np.sort(held)
-    unique, counts = np.unique(ordered, return_counts=True)
-    if len(unique) <= num:
-        return Classes(lengths=unique, counts=counts)
-    share = np.cumsum(ordered) / ordered.sum()
-    label = np.minimum((share * num).astype(np.int64), num - 1)
-    starts = np.flatnonzero(np.diff(label, prepend=-1))
-    return Classes(lengths=ordered[starts], counts=np.diff(starts, append=len(ordered)))
-
-
-def ranks_needed(
-    kinds: Classes, cost: GroupCost, num_ranks: int, seconds: float, *, whole: bool
-) -> dict[int, int] | float | None:
-    """Fewest ranks whose groups finish within `seconds` (5 to 8): a bound, or whole groups by size.
-
-    None where no grouping does, or where the solver found none in `PROGRAM_LIMIT_S`.
-    """
-    sizes = [d for d in cost.degrees if d <= num_ranks]
-    limit = seconds - cost.fixed_s
-    weights = np.stack([cost.weight_s(kinds.lengths, d) for d in sizes])
-    fits = (weights <= limit * (1 + 1e-12)) & (
-        kinds.lengths[None, :] <= np.array([cost.capacity_tokens(d) for d in sizes])[:, None]
-    )
-    if limit <= 0 or not fits.any(axis=0).all():
-        return None
-    num, each = len(sizes), len(kinds.lengths)
-    objective = np.concatenate([np.array(sizes, dtype=float), np.zeros(num * each)])
-    most = np.concatenate(
-        [num_ranks // np.array(sizes), (fits * kinds.counts[None, :]).ravel()]
-    ).astype(float)
-    from scipy.optimize import Bounds, LinearConstraint, milp  # heavy: on demand
-
-    ranks = LinearConstraint(objective[None, :], 0, num_ranks)
-    found = milp(
-        objective,
-        constraints=[*_rows(kinds, cost, sizes, weights, limit), *([ranks] if whole else [])],
-        bounds=Bounds(0, most),
-        integrality=np.concatenate([np.full(num, int(whole)), np.zeros(num * each)]),
-        options={"time_limit": PROGRAM_LIMIT_S, "mip_rel_gap": 1e-3},
-    )
-    if found.x is None:
-        return None
-    if whole:
-        return {d: round(found.x[i]) for i, d in enumerate(sizes) if round(found.x[i])}
-    return float(found.fun)
-
-
-def _rows(
-    kinds: Classes, cost: GroupCost, sizes: Sequence[int], weights: Floats, limit: float
-) -> list[Any]:
-    """Rows (5), (7), (8) and (6); tokens are scaled by a rank's room, seconds by the limit."""
-    from scipy.optimize import LinearConstraint
-
-    num, each = len(sizes), len(kinds.lengths)
-    parts: list[tuple[Floats, float]] = []
-    for i, d in enumerate(sizes):
-        parts += [(weights[i] / limit, 1.0), (kinds.lengths / cost.rank_tokens, float(d))]
-        for z in FEW:
-            long = weights[i] * (z + 1) > limit * (1 + 1e-9)
-            large = kinds.lengths * (z + 1) > cost.capacity_tokens(d)
-            parts += [(long.astype(float), float(z)), (large.astype(float), float(z))]
-    per_size = len(parts) // num
-    row, col, value = [], [], []
-    for r, (used, given) in enumerate(parts):
-        i = r // per_size
-        cols = np.concatenate([[i], num + i * each + np.arange(each)])
-        row.append(np.full(each + 1, r))
-        col.append(cols)
-        value.append(np.concatenate([[-given], used]))
-    upper = _sparse(value, row, col, (len(parts), num * (each + 1)))
-    place = np.tile(np.arange(each), num)
-    every = csr_array(
-        coo_array(
-            (np.ones(num * each), (place, num + np.arange(num * each))),
-            shape=(each, num * (each + 1)),
-        )
-    )
-    return [
-        LinearConstraint(upper, -np.inf, 0),
-        LinearConstraint(every, kinds.counts, kinds.counts),
-    ]
-
-
-def _sparse(value: Any, row: Any, col: Any, shape: tuple[int, int]) -> Any:
-    parts = (np.concatenate(x) for x in (value, row, col))
-    data, rows, cols = parts
-    return csr_array(coo_array((data, (rows, cols)), shape=shape))
-
-
-def lower_bound_s(
-    held: Ints, cost: GroupCost, num_ranks: int, *, upper_s: float, bisections: int = BISECTIONS
-) -> float:
-    """No grouping of these sequences on `num_ranks` ranks is faster; `upper_s` is some plan's."""
-    kinds = classes(held)
-    sizes = [d for d in cost.degrees if d <= num_ranks]
-    fastest = np.stack([cost.weight_s(held, d) for d in sizes])
-    work = np.stack([cost.weight_s(held, d) * d for d in sizes]).min(axis=0).sum()
-    low = cost.fixed_s + max(float(fastest.min(axis=0).max()), float(work) / num_ranks)
-    high = max(upper_s, low)
-    for _ in range(bisections):
-        if high - low <= 1e-4 * high:
-            break
-        middle = (low + high) / 2
-        needed = ranks_needed(kinds, cost, num_ranks, middle, whole=False)
-        if not isinstance(needed, float) or needed > num_ranks * (1 + 1e-9):
-            low = middle
-        else:
-            high = middle
-    return low
-
-
-def plan_groups(held: Ints, cost: GroupCost, num_ranks: int, *, prove: bool = True) -> GroupPlan:
+def plan_groups(
+    held: Ints,
+    cost: GroupCost,
+    num_ranks: int,
+    *,
+    gap_frac: float = GAP_FRAC,
+    time_limit_s: float = LIMIT_S,
+    prove: bool = True,
+) -> GroupPlan:
     """Groups for one micro-batch, never slower than the best of equal groups.
 
-    Without `prove` fewer bisections and targets are tried: twice as fast, at times a per cent
-    longer, and a looser bound.
+    The search ends when the plan is within `gap_frac` of its proven bound, or at the time limit.
+    Without `prove` only the first suggestions are tried: faster, and a looser bound.
     """
     _checked(held, cost, num_ranks)
-    found = [p for p in (equal_groups(held, cost, num_ranks, d) for d in cost.degrees) if p]
-    found = found or [p for p in _any_groups(held, cost, num_ranks) if p]
-    if not found:
+    end = time.perf_counter() + time_limit_s
+    best = _best_equal(held, cost, num_ranks) or _any_groups(held, cost, num_ranks)
+    if best is None:
         raise InfeasibleError(
             f"no placement of {held.sum()} tokens on {num_ranks} ranks of {cost.rank_tokens:.0f} "
             "tokens was found in one micro-batch; split it"
         )
-    best = min(found, key=lambda p: p.seconds)
-    tries = BISECTIONS if prove else FEW_BISECTIONS
-    low = lower_bound_s(held, cost, num_ranks, upper_s=best.seconds, bisections=tries)
-    kinds = classes(held)
-    for target in TARGETS if prove else TARGETS[1:4]:
-        if low * target >= best.seconds:
-            break
-        groups = ranks_needed(kinds, cost, num_ranks, low * target, whole=True)
-        if isinstance(groups, dict):
-            plan = placed(held, _filled(groups, cost, num_ranks), cost)
-            best = plan if plan and plan.seconds < best.seconds else best
-    return GroupPlan(degrees=best.degrees, owners=best.owners, seconds=best.seconds, lower_s=low)
+    search = _Search(held=held, cost=cost, num_ranks=num_ranks, best=best, end=end)
+    search.low = lower_bound_s(
+        held, cost, num_ranks, upper_s=best.seconds, time_limit_s=BOUND_SHARE * time_limit_s
+    ).seconds
+    _suggest(search, gap_frac)
+    if prove:
+        _close(search, gap_frac)
+        _wander(search, gap_frac)
+    return replace(search.best, lower_s=min(search.low, search.best.seconds))
+
+
+@dataclass(slots=True, kw_only=True)
+class _Search:
+    """The best plan and the proven bound while both are improved, until `end`."""
+
+    held: Ints
+    cost: GroupCost
+    num_ranks: int
+    best: GroupPlan
+    end: float
+    low: float = 0.0
+
+    @property
+    def left_s(self) -> float:
+        """Time that is left."""
+        return self.end - time.perf_counter()
+
+    def enough_s(self, gap_frac: float) -> float:
+        """Seconds of a plan that is near enough to the bound."""
+        return self.low * (1 + gap_frac) * (1 + ROUNDING_FRAC)
+
+    def try_groups(self, whole: Whole, kinds: Classes, limit_s: float, enough_s: float) -> None:
+        """Place sequences in the groups, as the program deals them out, and freely."""
+        degrees = _filled(whole.groups, self.cost, self.num_ranks)
+        sizes_of = _sizes_of(self.held, self.cost, self.num_ranks, kinds, whole)
+        for given in (sizes_of, None):
+            if self.best.seconds > enough_s:
+                self.try_degrees(degrees, limit_s, enough_s, given)
+
+    def try_degrees(
+        self, degrees: Sequence[int], limit_s: float, enough_s: float, sizes_of: Ints | None = None
+    ) -> None:
+        """Place sequences in groups; the plan stays if it is the best."""
+        plan = placed(
+            self.held, degrees, self.cost, sizes_of=sizes_of, limit_s=limit_s, enough_s=enough_s
+        )
+        if plan is not None and plan.seconds < self.best.seconds:
+            self.best = plan
+
+
+def _suggest(search: _Search, gap_frac: float) -> None:
+    """Whole groups at makespans just above the bound, with a little room to spare."""
+    kinds = classes(search.held)
+    question = Question.of(kinds.means, search.cost, search.num_ranks).tighter(SPARE_FRAC)
+    enough_s = search.enough_s(gap_frac)
+    for target in TARGETS:
+        limit_s = search.low * target
+        if search.best.seconds <= max(enough_s, limit_s) or search.left_s <= 0:
+            return
+        whole = whole_groups(
+            question, kinds.counts, search.num_ranks, limit_s,
+            time_limit_s=min(search.left_s, PROGRAM_S),
+        )  # fmt: skip
+        if whole is not None:
+            search.try_groups(whole, kinds, limit_s, enough_s)
+
+
+def _close(search: _Search, gap_frac: float) -> None:
+    """Raise the bound by branching on whole groups; what the branches allow is tried, too.
+
+    First the makespan that would do, then by bisection.
+    """
+    kinds, high = classes(search.held), search.best.seconds
+    point = max(search.best.seconds / (1 + gap_frac) * (1 + 1e-9), search.low)
+    while search.best.seconds > search.enough_s(gap_frac) and search.left_s > 0:
+        if high <= search.low * (1 + LEAST_STEP):
+            return
+        found = branched(
+            search.held, search.cost, search.num_ranks, point, time_limit_s=search.left_s
+        )
+        if found.is_short:
+            search.low = point
+        else:
+            high = point
+            if found.whole is not None:
+                search.try_groups(found.whole, kinds, point, search.enough_s(gap_frac))
+        point = (search.low + min(high, search.best.seconds)) / 2
+
+
+def _wander(search: _Search, gap_frac: float) -> None:
+    """Neighbours of the best groups: one split in two, two joined, or both at once."""
+    seen: set[tuple[int, ...]] = set()
+    limits = [search.low * (1 + gap_frac * part) for part in (1.0, 0.5)]
+    while search.left_s > 0 and search.best.seconds > search.enough_s(gap_frac):
+        before = search.best.seconds
+        for degrees in _neighbours(search.best.degrees, search.cost.degrees):
+            for limit_s in limits if degrees not in seen else ():
+                search.try_degrees(degrees, limit_s, search.enough_s(gap_frac))
+                if search.left_s <= 0 or search.best.seconds < before * (1 - LEAST_STEP):
+                    break
+            seen.add(degrees)
+            if search.left_s <= 0 or search.best.seconds < before * (1 - LEAST_STEP):
+                break
+        if search.best.seconds >= before * (1 - LEAST_STEP):
+            return
+
+
+def _neighbours(degrees: tuple[int, ...], sizes: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Groups one step away, then those two steps away, each once."""
+    start = tuple(sorted(degrees, reverse=True))
+    seen, near = {start}, [start]
+    for _ in range(MOST_STEPS):
+        found = []
+        for one in near:
+            for other in _stepped(one, sizes):
+                if other not in seen:
+                    seen.add(other)
+                    found.append(other)
+                    yield other
+        near = found
+
+
+def _stepped(degrees: tuple[int, ...], sizes: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    for d in sorted(set(degrees), reverse=True):
+        left = list(degrees)
+        left.remove(d)
+        if d % 2 == 0 and d // 2 in sizes:
+            yield tuple(sorted([*left, d // 2, d // 2], reverse=True))
+        if d in left and 2 * d in sizes:
+            left.remove(d)
+            yield tuple(sorted([*left, 2 * d], reverse=True))
+
+
+def _sizes_of(
+    held: Ints, cost: GroupCost, num_ranks: int, kinds: Classes, whole: Whole
+) -> Ints:  # fmt: skip
+    """The size that the program gives to each sequence; the longest of a class to the largest."""
+    sizes = np.array([d for d in reversed(cost.degrees) if d <= num_ranks], dtype=np.int64)
+    found = np.empty(len(held), dtype=np.int64)
+    for kind in range(len(kinds.counts)):
+        members = np.flatnonzero(kinds.of == kind)
+        ends = np.round(np.cumsum(whole.assigned[::-1, kind])).astype(np.int64)
+        ordered = members[np.argsort(-held[members], kind="stable")]
+        places = np.searchsorted(ends, np.arange(len(members)), side="right")
+        found[ordered] = sizes[np.minimum(places, len(sizes) - 1)]
+    return found
+
+
+def _best_equal(held: Ints, cost: GroupCost, num_ranks: int) -> GroupPlan | None:
+    """The best of groups of one size; sizes that cannot be the best are not tried."""
+    floors = {
+        d: cost.fixed_s
+        + max(float(w.max()), float(w.sum()) / (num_ranks // d))
+        for d in cost.degrees
+        if d <= num_ranks and held.max() <= cost.capacity_tokens(d)
+        for w in [cost.weight_s(held, d)]
+    }  # fmt: skip
+    best: GroupPlan | None = None
+    for degree in sorted(floors, key=lambda d: floors[d]):
+        if best is None or floors[degree] < best.seconds:
+            plan = equal_groups(held, cost, num_ranks, degree)
+            best = plan if plan and (best is None or plan.seconds < best.seconds) else best
+    return best
 
 
 def equal_groups(held: Ints, cost: GroupCost, num_ranks: int, degree: int) -> GroupPlan | None:
@@ -389,15 +298,18 @@ def equal_groups(held: Ints, cost: GroupCost, num_ranks: int, degree: int) -> Gr
     return placed(held, [degree] * (num_ranks // degree), cost)
 
 
-def _any_groups(held: Ints, cost: GroupCost, num_ranks: int) -> Iterable[GroupPlan | None]:
-    """Groups that memory alone asks for: of each sequence for itself, and of all together."""
-    yield placed(held, _filled(_counted(_sizes(held, cost, num_ranks)), cost, num_ranks), cost)
+def _any_groups(held: Ints, cost: GroupCost, num_ranks: int) -> GroupPlan | None:
+    """The best of groups that memory alone asks for: of each sequence, and of all together."""
+    tried = [_counted(_sizes(held, cost, num_ranks))]
     largest = max(d for d in cost.degrees if d <= num_ranks)
+    kinds = classes(held)
+    question = Question.of(kinds.means, cost, num_ranks)
     for part in (1.0, 2.0, 8.0):
         seconds = cost.fixed_s + part * float(cost.weight_s(held, largest).sum())
-        groups = ranks_needed(classes(held), cost, num_ranks, seconds, whole=True)
-        if isinstance(groups, dict):
-            yield placed(held, _filled(groups, cost, num_ranks), cost)
+        whole = whole_groups(question, kinds.counts, num_ranks, seconds, time_limit_s=PROGRAM_S)
+        tried += [whole.groups] if whole is not None else []
+    plans = [placed(held, _filled(groups, cost, num_ranks), cost) for groups in tried]
+    return min((p for p in plans if p), key=lambda p: p.seconds, default=None)
 
 
 def _counted(sizes: Sequence[int]) -> dict[int, int]:
@@ -491,27 +403,57 @@ def plan_step(
     *,
     prove: bool = True,
     extra_splits: int = EXTRA_SPLITS,
+    gap_frac: float = GAP_FRAC,
+    time_limit_s: float = LIMIT_S,
 ) -> StepPlan:
-    """The best of a few numbers of micro-batches; the best homogeneous step competes."""
+    """The best of a few numbers of micro-batches; the best homogeneous step competes.
+
+    All numbers are tried quickly; with `prove` the best is then improved and its bound raised, each
+    micro-batch for its share of the time left.
+    """
     _checked(held, cost, num_ranks)
+    end = time.perf_counter() + time_limit_s
     room = num_ranks * cost.rank_tokens
-    least = max(math.ceil(held.sum() / room), 1)
-    best: StepPlan | None = None
-    tried, num = 0, least
-    while tried <= extra_splits and num <= len(held):
+    best, tried = best_homogeneous(held, cost, num_ranks), 0
+    for num in range(max(math.ceil(held.sum() / room), 1), len(held) + 1):
+        if tried > extra_splits or (tried and time.perf_counter() > end):
+            break
         try:
-            parts = split(held, num)
-            plans = [(part, plan_groups(part, cost, num_ranks, prove=prove)) for part in parts]
-            found = StepPlan(micro_batches=tuple(plans))
-            best = found if best is None or found.seconds < best.seconds else best
-            tried += 1
+            plans = [
+                (part, plan_groups(part, cost, num_ranks, gap_frac=gap_frac, prove=False))
+                for part in split(held, num)
+            ]
         except InfeasibleError:
-            pass
-        num += 1
-    homogeneous = best_homogeneous(held, cost, num_ranks)
-    if best is None or homogeneous.seconds < best.seconds:
-        return homogeneous
-    return best
+            continue
+        found, tried = StepPlan(micro_batches=tuple(plans)), tried + 1
+        best = found if found.seconds < best.seconds else best
+    return _proved(best, cost, num_ranks, gap_frac, end) if prove else best
+
+
+def _proved(
+    step: StepPlan, cost: GroupCost, num_ranks: int, gap_frac: float, end: float
+) -> StepPlan:
+    """Every micro-batch that is not near its bound planned once more, as long as time is left."""
+    done: list[tuple[Ints, GroupPlan]] = []
+    for i, (part, plan) in enumerate(step.micro_batches):
+        if plan.gap_frac > gap_frac:
+            left_s = (end - time.perf_counter()) / (len(step.micro_batches) - i)
+            plan = _better(part, plan, cost, num_ranks, gap_frac, max(left_s, LEAST_S))
+        done.append((part, plan))
+    return StepPlan(micro_batches=tuple(done))
+
+
+def _better(
+    part: Ints, plan: GroupPlan, cost: GroupCost, num_ranks: int, gap_frac: float, limit_s: float
+) -> GroupPlan:
+    """The faster of two plans with the higher of their bounds."""
+    try:
+        found = plan_groups(part, cost, num_ranks, gap_frac=gap_frac, time_limit_s=limit_s)
+    except InfeasibleError:  # the heuristics found no placement, but there is this one
+        low = lower_bound_s(part, cost, num_ranks, upper_s=plan.seconds, time_limit_s=limit_s)
+        found = replace(plan, lower_s=low.seconds)
+    faster = found if found.seconds < plan.seconds else plan
+    return replace(faster, lower_s=min(max(found.lower_s, plan.lower_s), faster.seconds))
 
 
 def best_homogeneous(held: Ints, cost: GroupCost, num_ranks: int) -> StepPlan:

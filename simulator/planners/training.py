@@ -40,6 +40,7 @@ from simulator.planners.parallelism import (
     OPTIMAL,
     Candidate,
     PlanChoice,
+    check_against_rules,
     divisors,
     meshes,
     narrowed,
@@ -299,6 +300,7 @@ def asked_of(
 def groups_of(asked: Asked) -> list[Figures]:
     """The priced space: plans that share sequences apart where kinds of attention are mixed."""
     q = asked.question
+    check_against_rules(asked.pins, q.step, q.on, even=False)
     space = narrowed(training_space(q.step, on=q.on), q.step, asked.pins, asked.splits)
     cfg = q.step.config
     if not 0 < cfg.num_linear_layers < cfg.num_layers:
@@ -337,7 +339,7 @@ def _even(asked: Asked, hbm_frac: float, best: Candidate) -> PlanChoice:
             q.step, on=q.on, recipe=q.recipe, hbm_frac=hbm_frac, num_runners_up=0,
             pins=asked.pins, stack=q.stack, splits=asked.splits,
         )  # fmt: skip
-    except InfeasibleError:
+    except (InfeasibleError, InputError):  # pins may suit uneven stages alone
         one = Plan(**{f.name: np.array([float(getattr(best.plan, f.name))]) for f in fields(Plan)})
         return PlanChoice(
             cluster=q.on, recipe=q.recipe, budget_bytes=0.0, best=best, runners_up=(),
@@ -403,7 +405,7 @@ class _Relaxed:
     def _fits(self, asked: Asked) -> bool:
         try:
             groups = groups_of(asked)
-        except InfeasibleError:
+        except (InfeasibleError, InputError):  # pins may suit the cluster as it is alone
             return False
         return _any_fits(groups, asked.question.limits)
 

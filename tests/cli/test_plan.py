@@ -462,8 +462,56 @@ def test_a_batch_that_no_plan_divides(capsys: pytest.CaptureFixture[str]) -> Non
     assert "no plan divides global batch 1" in error and "more divisors" in error
 
 
-def test_a_pin_that_no_plan_has(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "tp=3; loosen a pin" in refused(capsys, *SMALL, "--pin", "tp=3", code=3)
+MIXTRAL = str(EXAMPLES / "mixtral-8x7b.json")
+RULES = {
+    "ranks do not tile": (("-n", "2"), ("tp=8", "dp=3"), "tp=8, dp=3 make 24 ranks"),
+    "too few ranks": ((), ("dp=1", "tp=2", "pp=2", "cp=1"), "make 4 ranks of 8 accelerators"),
+    "heads": ((), ("tp=3",), "tp=3 does not divide the 32 query heads"),
+    "stages": (("-n", "8"), ("pp=64",), "pp=64 is more than the model's 32 layers"),
+    "chunks": ((), ("pp=2", "v=5"), "interleave=5 does not divide the 32 layers"),
+    "no experts": ((), ("ep=2",), "has no experts"),
+    "ulysses": (("-n", "2", "--sequence-parallel", "ulysses"), ("cp=16",), "8 key and value heads"),
+    "zero": ((), ("zero=3", "pp=2"), "would exchange for every micro-batch"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["plan", "simulate"])
+@pytest.mark.parametrize("case", RULES)
+def test_pins_that_contradict_name_the_rule(
+    command: str, case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more, pins, said = RULES[case]
+    page = tmp_path / "a.html"
+    given = [word for pin in pins for word in ("--pin", pin)]
+    asked = (command, *SMALL[1:], *more, *given, "--html", str(page))
+    assert said in refused(capsys, *asked)
+    assert not page.exists()
+
+
+@pytest.mark.parametrize("command", ["plan", "simulate"])
+@pytest.mark.parametrize("ep", ["3", "16"])
+def test_experts_that_do_not_divide(
+    command: str, ep: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = refused(capsys, command, MIXTRAL, *SMALL[2:], "-n", "2", "--pin", f"ep={ep}")
+    assert f"ep={ep} does not divide the 8 experts" in error
+
+
+def test_pins_of_uneven_stages_alone_are_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    """80 layers in 8 x 4 chunks: no equal ones, yet a plan."""
+    job = (str(EXAMPLES / "llama3-70b.json"), "-c", "hgx-h100", "-n", "8", "--seq", "8k")
+    pins = ("-b", "64", "--pin", "pp=8", "--pin", "v=4", "--pin", "tp=8")
+    found = document(capsys, "plan", *job, *pins)
+    assert found["plans"][0]["plan"]["interleave"] == 4
+    error = refused(capsys, "simulate", *job, *pins)
+    assert "32 chunks, which do not divide the 80 layers" in error
+
+
+def test_pins_that_no_plan_has_together_are_no_error_of_the_question(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = (*with_(SMALL, batch="7"), "--pin", "pp=1", "--pin", "tp=1", "--pin", "cp=1")
+    assert "no plan" in refused(capsys, *asked, code=3)
 
 
 def test_plans_of_a_framework_are_told_with_its_factors(

@@ -78,9 +78,63 @@ def test_the_bound_is_faster_than_any_framework(capsys: pytest.CaptureFixture[st
     assert seconds["bound"] < seconds["megatron"] < seconds["torchtitan"]
 
 
+UNEVEN = ("--pin", "tp=2", "--stages", "7,9,9,7")
+
+
+def test_stages_have_the_layers_they_are_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, trace = tmp_path / "s.html", tmp_path / "s.json"
+    assert main([*ASKED, *UNEVEN, "--html", str(page), "--trace", str(trace)]) == 0
+    assert "stages of 7, 2 x 9, 7 layers" in " ".join(capsys.readouterr().out.split())
+    assert "stages of 7, 2 x 9, 7 layers" in page.read_text(encoding="utf-8")
+    events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    first = {
+        e["pid"]: e["dur"] for e in events if e["ph"] == "X" and e["name"] == "F0"
+        and not e["args"]["slowed_us"]
+    }  # fmt: skip
+    assert first[2] / first[1] == pytest.approx(1) and first[1] > first[0]
+    peaks = {
+        pid: max(e["args"]["bytes"] for e in events if e["ph"] == "C" and e["pid"] == pid)
+        for pid in range(4)
+    }
+    assert peaks[1] > peaks[2]
+
+
+def test_equal_stages_are_those_of_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    found = []
+    for more in (("--pin", "pp=4", "--pin", "v=1"), ("--stages", "8,8,8,8")):
+        assert main([*ASKED, "--pin", "tp=2", *more, "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    plain, told = found
+    assert told["seconds"] == pytest.approx(plain["seconds"], rel=1e-3)
+    assert told["memory"]["peak_bytes"] == plain["memory"]["peak_bytes"]
+    assert told["stage_layers"] == plain["stage_layers"] == [8] * 4
+
+
+def test_fewer_layers_beside_the_head_are_faster(capsys: pytest.CaptureFixture[str]) -> None:
+    seconds = {}
+    for stages in ("8,8,8,8", "9,9,8,6"):
+        assert main([*ASKED, "--pin", "tp=2", "--stages", stages, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        seconds[stages] = found["seconds"]
+        assert found["seconds"] == pytest.approx(found["analytic_s"], rel=0.03)
+    assert seconds["9,9,8,6"] < seconds["8,8,8,8"]
+
+
 @pytest.mark.parametrize(
     ("more", "code", "said"),
     [
+        (["--stages", "16,17"], 2, "stages 16,17 hold 33 layers, the model has 32"),
+        (["--stages", "16,16", "--pin", "pp=4"], 2, "are 2 numbers of a plan with pp = 4"),
+        (["--stages", "32,0"], 2, "leave one empty; give every stage 1 layer or more"),
+        (["--stages", "33,-1"], 2, "'33,-1' is not a list of whole numbers"),
+        (["--stages", "16.5,15.5"], 2, "is not a list of whole numbers"),
+        (["--stages", "16;16"], 2, "is not a list of whole numbers"),
+        (["--stages", ""], 2, "is not a list of whole numbers"),
+        (["--stages", "17,15", "--pin", "v=2"], 2, "do not divide into 2 chunks each"),
+        (["--stages", "17,15", "--schedule", "dualpipe"], 2, "dualpipe lays two parts"),
+        (["--stages", "11,11,10"], 2, "pp=3 does not divide the 8 accelerators"),
         (["--stack", "megatrom"], 2, "unknown stack 'megatrom'; did you mean megatron"),
         (["--schedule", "2f2b", "--pin", "pp=2"], 2, "unknown schedule '2f2b'"),
         (["--schedule", "dualpipe", "--pin", "pp=1"], 2, "even number of stages"),

@@ -70,7 +70,8 @@ def test_json_is_one_document(
     arguments = ["validate", str(folder), "--calibration", str(given), "--json"]
     assert main(arguments) == 0
     document = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
-    whole = {"training_steps", "serving_steps", "peak_memory", "collective_cells"}
+    whole = {"training_steps", "serving_steps", "peak_memory", "collective_cells",
+             "plan_ranking"}  # fmt: skip
     assert set(document) == {"version", "rung", "tables", "unsupported"} | whole
     assert (document["version"], document["rung"]) == (1, "best")
     counted = [(t["family"], t["n"], t["unsupported"]) for t in document["tables"]]

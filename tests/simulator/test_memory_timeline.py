@@ -25,6 +25,7 @@ from simulator.memory_timeline import (
     StageOptions,
     Timeline,
     Trace,
+    part_layers,
     stage_timeline,
 )
 from simulator.recipe import RECIPES
@@ -182,3 +183,46 @@ def test_the_last_stage_holds_what_is_left() -> None:
     during, after = zip(*lines[0].by_pass(), strict=True)
     assert max(during) == lines[0].peak_bytes and len(during) == 16
     assert after[-1] == pytest.approx(sum(e.num_bytes for e in lines[0].events[:3]))
+
+
+def test_stages_hold_the_layers_they_are_told() -> None:
+    """12, 9, 7 and 4 layers: weights and what is kept follow, the ends stay where they are."""
+    step = train_step(LLAMA, len_seq=128, global_batch=8)
+    four = schedule("1f1b", num_stages=4, num_micro_batches=8)
+    counts = (12, 9, 7, 4)
+    lines = [
+        stage_timeline(
+            step, plan=Plan(pp=4), recipe=BF16, schedule=four, stage=s, stage_layers=counts
+        )
+        for s in range(4)
+    ]
+    kept = [line.peak_of(KEPT) / count for line, count in zip(lines, counts, strict=True)]
+    assert [k / kept[3] for k in kept] == pytest.approx([4, 3, 2, 1])
+    weights = [line.peak_of("weights") for line in lines]
+    assert weights[1] / weights[2] == pytest.approx(9 / 7)
+    whole = stage_timeline(
+        step, plan=Plan(), recipe=BF16, schedule=schedule("1f1b", num_stages=1, num_micro_batches=8)
+    )
+    assert sum(weights) == pytest.approx(whole.peak_of("weights"))
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.data())
+def test_parts_hold_every_layer_once_and_in_order(p: int, v: int, data: st.DataObject) -> None:
+    counts = [v * data.draw(st.integers(1, 5)) for _ in range(p)]
+    name = "interleaved" if v > 1 else "1f1b"
+    made = schedule(name, num_stages=p, num_micro_batches=p, num_chunks=v)
+    parts = part_layers(made, sum(counts), counts)
+    assert [layer for part in parts for layer in part] == list(range(sum(counts)))
+    held = [sum(len(parts[chunk[s]]) for chunk in made.parts) for s in range(p)]
+    assert held == counts
+
+
+def test_counts_that_are_no_split_make_no_parts() -> None:
+    two = schedule("interleaved", num_stages=2, num_micro_batches=2, num_chunks=2)
+    for counts in ((5, 3), (4, 6), (4, 4.5)):
+        with pytest.raises(InputError, match="do not divide"):
+            part_layers(two, 8, counts)
+    both = schedule("dualpipe", num_stages=2, num_micro_batches=4)
+    with pytest.raises(InputError, match="do not divide"):
+        part_layers(both, 8, (5, 3))
+    assert part_layers(both, 8, (4, 4)) == (range(4), range(4, 8))

@@ -14,7 +14,14 @@ from simulator.layer_modes import FULL, NONE, OFFLOAD, OFFLOAD_FULL, layer_kinds
 from simulator.memory import training_memory
 from simulator.recipe import RECIPES
 from simulator.stack import STACKS, OnDevice, factors_of
-from simulator.staged import StageLayers, even_stages, stage_costs, staged_memory, staged_step
+from simulator.staged import (
+    StageLayers,
+    counted_stages,
+    even_stages,
+    stage_costs,
+    staged_memory,
+    staged_step,
+)
 from simulator.staged_timeline import simulate_staged
 from simulator.step import training_step
 from simulator.timeline import simulate_training
@@ -143,3 +150,44 @@ def test_what_is_no_split_is_refused() -> None:
     for stages, words in (((one,), "1 stages"), ((one, short), "no split"), ((one, other), "kind")):
         with pytest.raises(InputError, match=words):
             stage_costs(STEP, plan=plan, stages=stages, on=ON, recipe=BF16)
+
+
+def test_counted_stages_follow_the_models_order() -> None:
+    """Three dense layers lead: interleaved, the second stage begins inside its first chunk."""
+    deepseek = load_hf_config("examples/deepseek-v3.json")
+    cfg = replace(deepseek, num_layers=10,
+                  moe=replace(deepseek.moe, layers=tuple(range(3, 10))))  # type: ignore[type-var]  # fmt: skip
+    step = train_step(cfg, len_seq=2048, global_batch=8)
+    plain = counted_stages(step, Plan(pp=3), (2, 4, 4))
+    assert [dict(s.counts) for s in plain] == [
+        {"dense": {NONE: 2}}, {"dense": {NONE: 1}, "moe": {NONE: 3}}, {"moe": {NONE: 4}},
+    ]  # fmt: skip
+    first, second = counted_stages(step, Plan(pp=2, interleave=2), (4, 6), FULL)
+    assert dict(first.counts) == {"dense": {FULL: 2}, "moe": {FULL: 2}}
+    assert dict(second.counts) == {"dense": {FULL: 1}, "moe": {FULL: 5}}
+    assert counted_stages(STEP, Plan(pp=4), (6,) * 4) == even_stages(STEP, Plan(pp=4))
+
+
+@pytest.mark.parametrize(
+    ("counts", "v", "said"),
+    [
+        ((12,), 1, "are 1 numbers of a plan with pp = 2; give 2, or pin pp=1"),
+        ((12, 13), 1, "hold 25 layers, the model has 24; make the sum 24"),
+        ((0, 24), 1, "leave one empty"),
+        ((13, 11), 2, "do not divide into 2 chunks"),
+    ],
+)
+def test_counts_that_are_no_stages(counts: tuple[int, ...], v: int, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        counted_stages(STEP, Plan(pp=2, interleave=v), counts)
+
+
+def test_uneven_stages_wait_for_their_batch_and_take_no_dualpipe() -> None:
+    plan = Plan(dp=4, tp=2, pp=4, micro_batch=1, zero_stage=1)
+    asked = {"plan": plan, "stages": counted_stages(STEP, plan, (5, 6, 7, 6)), "on": ON,
+             "recipe": BF16}  # fmt: skip
+    free = simulate_staged(STEP, **asked)  # type: ignore[arg-type]
+    late = simulate_staged(STEP, **asked, loading_s=2 * free.seconds)  # type: ignore[arg-type]
+    assert late.seconds == 2 * free.seconds and free.stage_layers == (5, 6, 7, 6)
+    with pytest.raises(InputError, match="dualpipe"):
+        simulate_staged(STEP, **asked, schedule_name="dualpipe")  # type: ignore[arg-type]

@@ -8,6 +8,8 @@ from simulator.memory import training_memory
 from simulator.memory_timeline import KEPT
 from simulator.pipeline import in_flight
 from simulator.recipe import RECIPES
+from simulator.staged import counted_stages
+from simulator.staged_timeline import simulate_staged
 from simulator.step_memory import all_stages, fullest, outer_stages
 from simulator.timeline import LOAD, simulate_training
 from tests.simulator.random_plans import CLUSTERS, CONFIGS
@@ -56,3 +58,17 @@ def test_a_step_waits_for_its_batch() -> None:
     assert hidden.seconds == free.seconds
     assert waited.seconds == 2 * free.seconds
     assert waited.critical_s()[LOAD] == waited.seconds and hidden.critical_s()[LOAD] == 0
+
+
+def test_the_fullest_stage_is_shown_wherever_it_is() -> None:
+    """One layer at the ends, thirty between: the second stage has the peak."""
+    plan = Plan(dp=8, tp=4, pp=4, micro_batch=1, zero_stage=0)
+    step = train_step(CONFIGS[0], len_seq=2048, global_batch=32)
+    shown = {}
+    for counts in ((1, 16, 14, 1), (8, 8, 8, 8)):
+        stages = counted_stages(step, plan, counts)
+        found = simulate_staged(step, plan=plan, stages=stages, on=CLUSTERS[0], recipe=BF16)
+        every = list(all_stages(found, step, recipe=BF16))
+        shown[counts] = [s.stage for s in outer_stages(found, step, recipe=BF16)]
+        assert fullest(every).stage in shown[counts]
+    assert list(shown.values()) == [[0, 1, 3], [0, 3]]

@@ -293,7 +293,7 @@ def test_bad_limits_are_refused() -> None:
         plan_training(step, on=on, budget_bytes=90e9)
     with pytest.raises(InputError, match="no link to the host"):
         plan_training(step, on=replace(on, side_levels=()), host_bytes_per_node=1e12)
-    with pytest.raises(InfeasibleError, match="tp=5"):
+    with pytest.raises(InputError, match="tp=5 does not divide the 12 query heads"):
         plan_training(step, on=on, pins={"tp": 5})
 
 
