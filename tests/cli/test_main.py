@@ -89,6 +89,7 @@ def test_the_examples_in_the_help_work(
         write_rows(tmp_path / folder / "kernels_gemm.csv", gemm_rows(count=120))
     shutil.copy(FOLDER / "t4.json", tmp_path / "mine.json")
     (tmp_path / "claims.json").write_text(json.dumps([CLAIMS]))
+    (tmp_path / "batch.txt").write_text("8192\n1024\n300\n300\n")
     monkeypatch.chdir(tmp_path)
     assert main(shlex.split(example)[1:]) == 0
     out, err = capsys.readouterr()
