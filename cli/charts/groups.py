@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import plotly.graph_objects as go
 
-from cli.charts.picture import FAINT, GRID, PALETTE, QUIET, style
+from cli.charts.picture import FAINT, GRID, MARGIN, PALETTE, QUIET, shortened, style
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -38,7 +38,7 @@ def figure(document: Mapping[str, Any], *, title: str, subtitle: str) -> go.Figu
             y0=batch["lower_s"], y1=batch["lower_s"], line={"color": QUIET, "dash": "dash"},
         )  # fmt: skip
     style(
-        fig, title=title, subtitle=subtitle,
+        fig, title=shortened(title, 84), subtitle=subtitle,
         footnote="Bars: seconds of each group, one micro-batch after the other. Dashed: no "
         "grouping of that micro-batch ends sooner (proven).",
     )  # fmt: skip
@@ -46,6 +46,7 @@ def figure(document: Mapping[str, Any], *, title: str, subtitle: str) -> go.Figu
     fig.update_layout(
         xaxis={**axis, "title": {"text": "groups"}, "showticklabels": False, "showgrid": False},
         yaxis={**axis, "title": {"text": "seconds"}, "rangemode": "tozero"},
+        margin={**MARGIN, "t": 118},
         legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.01, "yanchor": "bottom"},
     )
     return fig
