@@ -244,7 +244,7 @@ def model_answer(
         load_model(source), len_seq=whole(seq, "--seq"),
         global_batch=int(plan.dp) * int(plan.micro_batch),
     )  # fmt: skip
-    framework = framework_on(None if stack == "bound" else stack, system, chosen)
+    framework = framework_on(stack, system, chosen, question.config)
     rate = None if host_bandwidth is None else parse(
         host_bandwidth, "bytes_per_s", "--host-bandwidth"
     )  # fmt: skip

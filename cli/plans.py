@@ -10,6 +10,7 @@ from hwmodels.errors import InputError
 
 if TYPE_CHECKING:
     from hwmodels.cluster import Cluster
+    from hwmodels.step_factors import StepFactors
     from hwmodels.step_ratios import StepRatio
     from simulator.planners.parallelism import Candidate, PlanChoice, Step
     from simulator.planners.sequence_splits import Splits
@@ -59,23 +60,21 @@ def rung_text(choice: PlanChoice) -> str:
 
 
 def framework_on(
-    name: str | None, system: Cluster, recipe: Recipe | None = None
+    name: str | None, system: Cluster, recipe: Recipe, config: TransformerConfig
 ) -> OnDevice | None:
     """The framework of that name with the fitted factors; None for 'bound' or nothing."""
-    from hwmodels.step_factors import shipped_factors, shipped_low_precision, shipped_values
+    from hwmodels.step_factors import shipped_values
     from simulator.expert_run import fitted_run
     from simulator.stack import OnDevice, factors_of
     from simulator.stack import stack as stack_of
 
     if name is None or name == BOUND:
         return None
-    narrow = recipe is not None and recipe.low is not None
-    framework, shipped = stack_of(name), shipped_low_precision() if narrow else shipped_factors()
+    framework, (kind, shipped) = stack_of(name), _fitted_for(recipe, config)
     factors = factors_of(framework, system.device, shipped_values())
     if shipped is None:
         return OnDevice(stack=framework, factors=factors, experts=fitted_run())
     low, high = (100 * (math.exp(sign * shipped.half_80) - 1) for sign in (-1, 1))
-    kind = "published steps in narrow formats" if narrow else "published steps"
     source = (
         f"factors of {shipped.num_runs} {kind}; 80 % of steps of tables left out of the "
         f"fit took {low:+.0f} to {high:+.0f} % of the time told"
@@ -83,12 +82,22 @@ def framework_on(
     return OnDevice(stack=framework, factors=factors, source=source, experts=fitted_run())
 
 
-def half_80_of(recipe: Recipe) -> float | None:
+def half_80_of(recipe: Recipe, config: TransformerConfig) -> float | None:
     """Half width in log time of a calibrated step's 80 % interval; None where none was fitted."""
+    shipped = _fitted_for(recipe, config)[1]
+    return None if shipped is None else shipped.half_80
+
+
+def _fitted_for(recipe: Recipe, config: TransformerConfig) -> tuple[str, StepFactors | None]:
+    """The published steps that are most like this one, in words, and the fit on them."""
+    from hwmodels.step_experts import shipped_experts
     from hwmodels.step_factors import shipped_factors, shipped_low_precision
 
-    shipped = shipped_factors() if recipe.low is None else shipped_low_precision()
-    return None if shipped is None else shipped.half_80
+    if config.moe is not None:
+        return "published steps of mixtures of experts", shipped_experts()
+    if recipe.low is not None:
+        return "published steps in narrow formats", shipped_low_precision()
+    return "published steps", shipped_factors()
 
 
 def asked_of(question: Step) -> dict[str, Any]:

@@ -105,6 +105,7 @@ def record(s: Simulated) -> dict[str, Any]:
         "stage_layers": s.found.stage_layers,
         "stack": s.stack_name,
         "recipe": s.recipe.name,
+        "rung": s.analytic.rung,
         "source": s.source,
         "seconds": s.found.seconds,
         "seconds_low_80": low,
@@ -165,7 +166,7 @@ def _facts(s: Simulated) -> list[tuple[str, str]]:
         ("Idle", f"{percent_text(found.bubble_frac())} of the stages' time"),
         ("Exposed", f"{seconds_text(found.exposed_s())} of weights and gradients on the way while "
                     "the stage waits"),
-        ("Stack", f"{s.stack_name}: {s.source}{told}"),
+        ("Rung", f"{s.analytic.rung}, {s.stack_name}: {s.source}{told}"),
     ]  # fmt: skip
 
 

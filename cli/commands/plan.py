@@ -209,7 +209,8 @@ def plan(
     system = catalog.cluster(cluster, nodes)
     asked: dict[str, Any] = {
         "on": system, "recipe": recipe_of(recipe), "hbm_frac": hbm_frac, "pins": pins,
-        "num_runners_up": top - 1, "stack": framework_on(stack, system, recipe_of(recipe)),
+        "num_runners_up": top - 1,
+        "stack": framework_on(stack, system, recipe_of(recipe), question.config),
         "splits": splits_asked(sequence_parallel or []),
     }  # fmt: skip
     training = training_options(memory_budget, host_memory, time_limit, gap)

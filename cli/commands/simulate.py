@@ -128,7 +128,7 @@ def simulate(
     question: Any = question_of(
         "train", load_model(model), whole(seq, "--seq"), whole(global_batch, "--global-batch")
     )
-    framework, counts = framework_on(stack, system, chosen), stages_given(stages)
+    framework, counts = framework_on(stack, system, chosen, question.config), stages_given(stages)
     pins = pinned_stages(pins_given(param or []), counts, question.config.num_layers)
     with patience("simulating"):
         plan = _plan(
@@ -185,7 +185,7 @@ def _answer(
         cluster=system,
         recipe=recipe,
         framework=framework,
-        half_80=None if framework is None else half_80_of(recipe),
+        half_80=None if framework is None else half_80_of(recipe, question.config),
         found=found,
         analytic=analytic,
         stages=outer_stages(found, question, recipe=recipe),

@@ -45,6 +45,20 @@ def test_an_interval_of_left_out_tables_surrounds_the_step(
     told = found["megatron"]
     assert told["seconds_low_80"] < told["seconds"] < told["seconds_high_80"]
     assert found["bound"]["seconds_low_80"] is None
+    assert (told["rung"], found["bound"]["rung"]) == ("calibrated", "bound")
+
+
+def test_a_mixture_of_experts_is_as_unsure_as_its_own_published_steps(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    wide = {}
+    for model in ("llama3-8b", "qwen3-30b-a3b"):
+        asked = ["simulate", f"examples/{model}.json", "-c", "hgx-h100", "--seq", "4k", "-b", "32"]
+        assert main([*asked, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        wide[model] = found["seconds_high_80"] / found["seconds_low_80"]
+        assert ("mixtures of experts" in found["source"]) == (model == "qwen3-30b-a3b")
+    assert wide["qwen3-30b-a3b"] > 1.2 * wide["llama3-8b"]
 
 
 def test_a_step_waits_for_its_batch(capsys: pytest.CaptureFixture[str]) -> None:
