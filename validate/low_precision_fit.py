@@ -13,12 +13,10 @@ other file.
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -26,14 +24,12 @@ from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
 from hwmodels.errors import InputError
-from hwmodels.step_factors import KIND, LOW_PRECISION_FILE, SCHEMA, shipped_factors
-from hwmodels.step_ratios import digest_of
+from hwmodels.step_factors import LOW_PRECISION_FILE, shipped_factors
 from simulator.stack import POINTWISE, factor_names, narrow_factor_names, prior_of, stack
-from validate.adapters import TRAINING_FAMILY
-from validate.measurement import Measurement, csv_files, read
-from validate.runs import METRICS, Run, digest, identity, read_runs
+from validate.factor_file import factor_document, run_fit
+from validate.measurement import Measurement
+from validate.runs import Run, read_runs
 from validate.step_fit import DIGITS, ROBUST, SCATTER, predicted_s
-from validate.steps import write_atomically
 
 MAPS: Final = f"{POINTWISE}/"
 """Of a stack's own factors, only its maps may be free here. All others that 16-bit steps left out
@@ -104,59 +100,25 @@ def document(
     runs = low_precision_runs(rows)
     if not runs:
         raise InputError("no low-precision step among these rows; give a steps_training.csv folder")
-    values = fit(runs, frozen)
-    known = {identity(r.row) for r in runs}
-    used = sorted({digest(r) for r in rows if r.op in METRICS and identity(r) in known})
-    without = left_out(runs, frozen)
-    off = np.abs(np.log(np.concatenate(list(without.values()))))
-    return {
-        "schema": SCHEMA,
-        "kind": KIND,
-        "date": on.isoformat(),
-        "rows_digest": digest_of(used),
-        "num_runs": len(runs),
-        "sources": sorted({r.row.source for r in runs}),
-        "factors": {
-            name: {
-                "value": round(value, DIGITS),
-                "prior": prior_of(name)[0],
-                "spread": prior_of(name)[1],
-            }
-            for name, value in values.items()
-        },
-        "half_80": round(float(np.quantile(off, 0.8)), DIGITS),
-        "half_90": round(float(np.quantile(off, 0.9)), DIGITS),
-        "left_out": {
-            group: round(100 * float(np.mean(np.abs(ratios - 1))), 2)
-            for group, ratios in without.items()
-        },
-        "rows": used,
-    }
+    values, without = fit(runs, frozen), left_out(runs, frozen)
+    return factor_document(
+        rows, runs, values, {name: prior_of(name) for name in values}, without,
+        judged=tuple(without), digits=DIGITS, on=on,
+    )  # fmt: skip
+
+
+def _today(rows: Sequence[Measurement]) -> dict[str, Any]:
+    frozen = shipped_factors()
+    if frozen is None:
+        raise InputError("factors of 16-bit steps come first; run python -m validate.step_fit")
+    return document(rows, frozen.values, on=datetime.date.today())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m validate.low_precision_fit DIR`: fit on a folder's steps_training.csv."""
-    parser = argparse.ArgumentParser(
-        prog="python -m validate.low_precision_fit", description=main.__doc__
+    return run_fit(
+        "validate.low_precision_fit", main.__doc__, LOW_PRECISION_FILE, _today, arguments
     )
-    parser.add_argument("folder", metavar="DIR", type=Path, help="rows a calibration may use")
-    parser.add_argument("--output", metavar="FILE", type=Path, default=LOW_PRECISION_FILE)
-    given = parser.parse_args(arguments)
-    try:
-        rows = [row for f in csv_files(given.folder, TRAINING_FAMILY) for row in read(f).rows]
-        frozen = shipped_factors()
-        if frozen is None:
-            raise InputError("factors of 16-bit steps come first; run python -m validate.step_fit")
-        written = document(rows, frozen.values, on=datetime.date.today())
-        write_atomically(given.output, written)
-    except (InputError, OSError) as error:
-        print(f"validate.low_precision_fit: error: {error}", file=sys.stderr)
-        return 2
-    for name, entry in written["factors"].items():
-        print(f"{name:28} {entry['value']:8.4f}  prior {entry['prior']:g} +- {entry['spread']:g}")
-    for name, mape in written["left_out"].items():
-        print(f"left out {name:48} {mape:5.1f} %")
-    return 0
 
 
 if __name__ == "__main__":

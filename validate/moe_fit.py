@@ -10,11 +10,9 @@ factor of ours knows. `python -m validate.moe_fit DIR` writes what `hwmodels.ste
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -23,13 +21,10 @@ from scipy.optimize import least_squares
 
 from hwmodels.errors import InputError
 from hwmodels.step_experts import EXPERTS_FILE, HOST_S, KERNELS, ExpertFactors
-from hwmodels.step_factors import KIND, SCHEMA, shipped_values
-from hwmodels.step_ratios import digest_of
-from validate.adapters import TRAINING_FAMILY
-from validate.measurement import Measurement, csv_files, read
+from hwmodels.step_factors import shipped_values
+from validate.factor_file import factor_document, run_fit
+from validate.measurement import Measurement
 from validate.moe_runs import MoeRun, predictable, predicted_s, read_moe_runs
-from validate.runs import METRICS, digest, identity
-from validate.steps import write_atomically
 
 SCATTER: Final = 0.15
 """Half of what two releases differ by on one configuration: 1.15 to 1.68 (docs/accuracy.md)."""
@@ -96,50 +91,20 @@ def document(rows: Iterable[Measurement], *, on: datetime.date) -> dict[str, Any
         raise InputError(
             "no step of a mixture of experts among these rows; give steps_training.csv"
         )
-    found = fit(runs, dense)
-    known = {identity(one.run.row) for one in runs}
-    used = sorted({digest(r) for r in rows if r.op in METRICS and identity(r) in known})
-    without = left_out(runs, dense)
-    off = np.abs(np.log(np.concatenate([r for n, r in without.items() if n.startswith("release")])))
-    return {
-        "schema": SCHEMA,
-        "kind": KIND,
-        "date": on.isoformat(),
-        "rows_digest": digest_of(used),
-        "num_runs": len(runs),
-        "sources": sorted({one.run.row.source for one in runs}),
-        "factors": {
-            name: {"value": round(value, DIGITS), "prior": PRIORS[name][0],
-                   "spread": PRIORS[name][1]}
-            for name, value in ((KERNELS, found.kernels), (HOST_S, found.host_s))
-        },
-        "half_80": round(float(np.quantile(off, 0.8)), DIGITS),
-        "half_90": round(float(np.quantile(off, 0.9)), DIGITS),
-        "left_out": {
-            name: round(100 * float(np.mean(np.abs(r - 1))), 2) for name, r in without.items()
-        },
-        "rows": used,
-    }  # fmt: skip
+    found, without = fit(runs, dense), left_out(runs, dense)
+    return factor_document(
+        rows, [one.run for one in runs], {KERNELS: found.kernels, HOST_S: found.host_s}, PRIORS,
+        without, judged=[n for n in without if n.startswith("release")], digits=DIGITS, on=on,
+    )  # fmt: skip
+
+
+def _today(rows: Sequence[Measurement]) -> dict[str, Any]:
+    return document(rows, on=datetime.date.today())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m validate.moe_fit DIR`: fit the factors on a folder's steps_training.csv."""
-    parser = argparse.ArgumentParser(prog="python -m validate.moe_fit", description=main.__doc__)
-    parser.add_argument("folder", metavar="DIR", type=Path, help="rows a calibration may use")
-    parser.add_argument("--output", metavar="FILE", type=Path, default=EXPERTS_FILE)
-    given = parser.parse_args(arguments)
-    try:
-        rows = [row for f in csv_files(given.folder, TRAINING_FAMILY) for row in read(f).rows]
-        written = document(rows, on=datetime.date.today())
-        write_atomically(given.output, written)
-    except (InputError, OSError) as error:
-        print(f"validate.moe_fit: error: {error}", file=sys.stderr)
-        return 2
-    for name, entry in written["factors"].items():
-        print(f"{name:16} {entry['value']:8.5f}  prior {entry['prior']:g} +- {entry['spread']:g}")
-    for name, mape in written["left_out"].items():
-        print(f"left out {name:24} {mape:5.1f} %")
-    return 0
+    return run_fit("validate.moe_fit", main.__doc__, EXPERTS_FILE, _today, arguments)
 
 
 if __name__ == "__main__":

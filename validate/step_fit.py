@@ -12,14 +12,12 @@ not drown one of four. `python -m validate.step_fit DIR` writes what `hwmodels.s
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import math
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -27,14 +25,12 @@ from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
 from hwmodels.errors import InputError
-from hwmodels.step_factors import FACTORS_FILE, KIND, SCHEMA
-from hwmodels.step_ratios import digest_of
+from hwmodels.step_factors import FACTORS_FILE
 from simulator.stack import OnDevice, factor_names, factors_of, prior_of, stack
 from simulator.step import training_step
-from validate.adapters import TRAINING_FAMILY
-from validate.measurement import Measurement, csv_files, read
-from validate.runs import METRICS, Run, digest, identity, read_runs
-from validate.steps import write_atomically
+from validate.factor_file import factor_document, run_fit
+from validate.measurement import Measurement
+from validate.runs import Run, read_runs
 
 SCATTER: Final = 0.05
 """Half of what two releases of one framework differ by on one configuration (dense models)."""
@@ -163,54 +159,21 @@ def document(rows: Iterable[Measurement], *, on: datetime.date) -> dict[str, Any
     if not runs:
         raise InputError("no training run among these rows; give a folder with steps_training.csv")
     found = fit(runs)
-    known = {identity(r.row) for r in runs}
-    used = sorted({digest(r) for r in rows if r.op in METRICS and identity(r) in known})
     without = left_out(runs, found.values)
-    off = np.abs(np.log(np.concatenate(list(without.values()))))
-    return {
-        "schema": SCHEMA,
-        "kind": KIND,
-        "date": on.isoformat(),
-        "rows_digest": digest_of(used),
-        "num_runs": len(runs),
-        "sources": sorted({r.row.source for r in runs}),
-        "factors": {
-            name: {
-                "value": round(value, DIGITS),
-                "prior": prior_of(name)[0],
-                "spread": prior_of(name)[1],
-            }
-            for name, value in found.values.items()
-        },
-        "half_80": round(float(np.quantile(off, 0.8)), DIGITS),
-        "half_90": round(float(np.quantile(off, 0.9)), DIGITS),
-        "left_out": {
-            group: round(100 * float(np.mean(np.abs(ratios - 1))), 2)
-            for group, ratios in without.items()
-        },
-        "mfu": {name: round(value, DIGITS) for name, value in median_mfu(runs).items()},
-        "rows": used,
-    }
+    return factor_document(
+        rows, runs, found.values, {name: prior_of(name) for name in found.values}, without,
+        judged=tuple(without), digits=DIGITS, on=on,
+        mfu={name: round(value, DIGITS) for name, value in median_mfu(runs).items()},
+    )  # fmt: skip
+
+
+def _today(rows: Sequence[Measurement]) -> dict[str, Any]:
+    return document(rows, on=datetime.date.today())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m validate.step_fit DIR`: fit the factors on a folder's steps_training.csv."""
-    parser = argparse.ArgumentParser(prog="python -m validate.step_fit", description=main.__doc__)
-    parser.add_argument("folder", metavar="DIR", type=Path, help="rows a calibration may use")
-    parser.add_argument("--output", metavar="FILE", type=Path, default=FACTORS_FILE)
-    given = parser.parse_args(arguments)
-    try:
-        rows = [row for f in csv_files(given.folder, TRAINING_FAMILY) for row in read(f).rows]
-        written = document(rows, on=datetime.date.today())
-        write_atomically(given.output, written)
-    except (InputError, OSError) as error:
-        print(f"validate.step_fit: error: {error}", file=sys.stderr)
-        return 2
-    for name, entry in written["factors"].items():
-        print(f"{name:28} {entry['value']:8.4f}  prior {entry['prior']:g} +- {entry['spread']:g}")
-    for name, mape in written["left_out"].items():
-        print(f"left out {name:36} {mape:5.1f} %")
-    return 0
+    return run_fit("validate.step_fit", main.__doc__, FACTORS_FILE, _today, arguments)
 
 
 if __name__ == "__main__":
