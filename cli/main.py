@@ -35,6 +35,11 @@ COMMANDS: Final = (
     "predict",
     "validate",
     "calibrate",
+    "profile",
+    "records show",
+    "records merge",
+    "records check",
+    "records import",
     "claims",
 )
 """Each is a function of that name in the module `cli.commands.<name>`, light to import; a space

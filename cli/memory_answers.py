@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from simulator.planners.program import Program, Solution
     from simulator.planners.rematerialise import Graph, RematerialisePlan
     from simulator.planners.storage import Placement, Tensors
+    from simulator.planners.swap import SwapPlan
+    from workloads.plan import Plan
 
 Asked: TypeAlias = Mapping[str, Any]
 SEARCH_S: Final = 1.0
@@ -81,8 +83,7 @@ class Answer:
         if words is not None:
             print()
             print(words)
-        for path in (*asked["pictures"], *([asked["lp"]] if asked["lp"] else [])):
-            print(f"wrote {path}")
+        show.wrote((*asked["pictures"], *([asked["lp"]] if asked["lp"] else [])))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +102,8 @@ class PlacementAnswer(Answer):
         record: dict[str, Any],
     ) -> PlacementAnswer:  # fmt: skip
         """Placed, and proved where that was asked for and is not already."""
-        from simulator.planners.storage import OPTIMAL, place, proved
+        from simulator.planners.program import OPTIMAL
+        from simulator.planners.storage import place, proved
 
         limit = asked["time_limit_s"]
         share = min(limit / 3, SEARCH_S) if asked["engine"] else limit
@@ -173,6 +175,7 @@ class ModelAnswer(Answer):
     found: MemoryPlan
     solution: Solution
     rung: str
+    stages: tuple[SwapPlan, ...]
 
     def program(self) -> tuple[Program, Solution | None]:
         """The swap program."""
@@ -194,6 +197,8 @@ class ModelAnswer(Answer):
             "swap": swap_record(found.swap)
             | {"status": self.solution.status, "gap_frac": self.solution.gap_frac,
                "solve_s": self.solution.solve_s},
+            "stage": found.stage,
+            "stages": [swap_record(swap) for swap in self.stages],
             "storage": storage_record(found.swapped),
             "storage_all_kept": storage_record(found.kept),
         }  # fmt: skip
@@ -205,7 +210,7 @@ class ModelAnswer(Answer):
 
     def tables(self) -> None:
         """Swap and storage."""
-        show_model(self.found, self.rung)
+        show_model(self.found, self.rung, self.stages)
 
 
 def model_answer(
@@ -222,10 +227,11 @@ def model_answer(
     stack: str,
 ) -> ModelAnswer:
     """Swap and storage of a model's training step."""
+    from cli.host_memory import NODE, host_bytes
     from cli.plans import framework_on, pins_given, whole
     from hwmodels import catalog
     from simulator.planners import swap
-    from simulator.planners.memory import plan_memory, swap_question
+    from simulator.planners.memory import plan_memory, plan_stages
     from simulator.planners.program import solve
     from simulator.recipe import recipe as recipe_of
     from workloads.models.config import load_model
@@ -233,34 +239,36 @@ def model_answer(
 
     if cluster is None or seq is None:
         raise InputError("a model needs --cluster and --seq, e.g. -c hgx-h100 --seq 512k")
-    if host_memory is None:
-        raise InputError(
-            f"no catalogue says how much memory a host of {cluster} has; give --host-memory, "
-            "e.g. --host-memory 2TB"
-        )
     system, chosen = catalog.cluster(cluster, nodes), recipe_of(recipe)
     plan = _plan(pins_given(pin or []), system.num_accelerators)
     question = train_step(
         load_model(source), len_seq=whole(seq, "--seq"),
-        global_batch=int(plan.dp) * int(plan.micro_batch),
+        global_batch=int(plan.dp) * int(plan.micro_batch) * _micro_batches(plan),
     )  # fmt: skip
     framework = framework_on(stack, system, chosen, question.config)
     rate = None if host_bandwidth is None else parse(
         host_bandwidth, "bytes_per_s", "--host-bandwidth"
     )  # fmt: skip
-    numbers = swap_question(
+    swaps = plan_stages(
         question, plan=plan, on=system, recipe=chosen, stack=framework, link_bytes_per_s=rate,
-        host_bytes=parse(host_memory, "bytes", "--host-memory"),
+        host_bytes=host_bytes(host_memory, system, default=NODE),
     )  # fmt: skip
+    stage = min(range(len(swaps)), key=lambda i: swaps[i].alpha)
+    numbers = swaps[stage].question
     found = plan_memory(
-        question, numbers, plan=plan, on=system, recipe=chosen,
+        question, numbers, plan=plan, on=system, recipe=chosen, stage=stage,
         time_limit_s=asked["time_limit_s"], gap_frac=asked["gap_frac"],
     )  # fmt: skip
     rung = "bound: kernels at the roofline" if framework is None else (
         f"calibrated, as {framework.stack.name} runs it"
     )  # fmt: skip
     solution = solve(swap.program(numbers), time_limit_s=asked["time_limit_s"])
-    return ModelAnswer(found=found, solution=solution, rung=rung)
+    return ModelAnswer(found=found, solution=solution, rung=rung, stages=swaps)
+
+
+def _micro_batches(plan: Plan) -> int:
+    """Enough that every stage of a pipeline holds as many as it ever does."""
+    return 1 if plan.pp == 1 else 2 * int(plan.pp)
 
 
 def _plan(pins: dict[str, int], num_ranks: int) -> Any:

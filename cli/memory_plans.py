@@ -9,6 +9,8 @@ from cli.quantity import percent_text, scaled_text, seconds_text
 from hwmodels.units import GIB
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.table import Table
 
     from simulator.planners.memory import MemoryPlan, Storage
@@ -84,6 +86,7 @@ def swap_record(swap: SwapPlan) -> dict[str, Any]:
         "link_bytes_per_s": q.link_bytes_per_s,
         "buffers_bytes": swap.device_bytes,
         "num_layers": q.num_layers,
+        "in_flight": q.in_flight,
     }
 
 
@@ -116,13 +119,16 @@ def schedule_record(found: RematerialisePlan) -> dict[str, Any]:
 # ---- for people ----------------------------------------------------------------------------------
 
 
-def show_model(found: MemoryPlan, rung: str) -> None:
-    """What is swapped, and where the rest lies."""
+def show_model(found: MemoryPlan, rung: str, stages: Sequence[SwapPlan] = ()) -> None:
+    """What is swapped, and where the rest lies; of a pipeline, stage by stage."""
     out, q = show.console(), found.swap.question
     name = found.step.config.name
     out.print(f"Memory of {name}, {found.plan}, one rank of {found.cluster.id}", style="bold")
     out.print()
     out.print(show.pairs(_swap_lines(found.swap, rung)))
+    if len(stages) > 1:
+        out.print(_stages(stages))
+        out.print(f"Of stage {found.stage}, which swaps least:")
     out.print(_storages(found))
     levels = found.swapped.two_levels
     if levels is not None:
@@ -149,6 +155,17 @@ def _swap_lines(swap: SwapPlan, rung: str) -> list[tuple[str, str]]:
         ("Recompute", f"{seconds_text(swap.recompute_s)} a layer for the other tokens"),
         ("Host", f"{gib(swap.host_bytes)} of the {gib(q.host_bytes)} that a rank has"),
     ]
+
+
+def _stages(stages: Sequence[SwapPlan]) -> Table:
+    columns = ("layers", "in flight", "swapped", "host", "recompute a layer")
+    table = show.table("stage", *columns, right=columns)
+    for number, swap in enumerate(stages):
+        table.add_row(
+            str(number), str(swap.question.num_layers), f"{swap.question.in_flight:g}",
+            percent_text(swap.swapped_frac), gib(swap.host_bytes), seconds_text(swap.recompute_s),
+        )  # fmt: skip
+    return table
 
 
 def _storages(found: MemoryPlan) -> Table:

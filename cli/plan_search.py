@@ -13,6 +13,7 @@ from hwmodels.units import GIB
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from hwmodels.cluster import Cluster
     from simulator.planners.parallelism import Candidate, PlanChoice, Step
     from simulator.planners.prices import CurvePoint, Price
     from simulator.planners.training import Answer
@@ -43,14 +44,20 @@ def bytes_given(text: str | None, option: str) -> float | None:
 
 
 def training_options(
-    memory_budget: str | None, host_memory: str | None, time_limit: str | None, gap: str
+    memory_budget: str | None,
+    host_memory: str | None,
+    time_limit: str | None,
+    gap: str,
+    *,
+    on: Cluster,
 ) -> dict[str, Any]:
     """What only the training planner takes."""
+    from cli.host_memory import host_bytes
     from cli.quantity import parse
 
     return {
         "budget_bytes": bytes_given(memory_budget, "--memory-budget"),
-        "host_bytes_per_node": bytes_given(host_memory, "--host-memory") or 0.0,
+        "host_bytes_per_node": host_bytes(host_memory, on),
         "time_limit_s": least_seconds(time_limit),
         "gap_frac": parse(gap, "frac", "--gap"),
     }
@@ -77,6 +84,7 @@ def stages_of(candidate: Candidate) -> list[dict[str, Any]]:
             "layers": own.num_layers,
             "modes": own.modes,
             "layers_by_kind": {kind: sum(m.values()) for kind, m in own.counts.items()},
+            "modes_by_kind": own.counts,
             "seconds_per_micro_batch": cost.seconds,
             "memory_bytes": sum(cost.bytes_by_part.values()),
             "host_bytes": cost.host_bytes,

@@ -73,7 +73,8 @@ def framework_on(
     framework, (kind, shipped) = stack_of(name), _fitted_for(recipe, config)
     factors = factors_of(framework, system.device, shipped_values())
     if shipped is None:
-        return OnDevice(stack=framework, factors=factors, experts=fitted_run())
+        source = f"factors of {kind}" if config.mixer is not None else ""
+        return OnDevice(stack=framework, factors=factors, source=source, experts=fitted_run())
     low, high = (100 * (math.exp(sign * shipped.half_80) - 1) for sign in (-1, 1))
     source = (
         f"factors of {shipped.num_runs} {kind}; 80 % of steps of tables left out of the "
@@ -93,6 +94,8 @@ def _fitted_for(recipe: Recipe, config: TransformerConfig) -> tuple[str, StepFac
     from hwmodels.step_experts import shipped_experts
     from hwmodels.step_factors import shipped_factors, shipped_low_precision
 
+    if config.mixer is not None:
+        return f"published steps; none with {config.mixer.label} layers was compared", None
     if config.moe is not None:
         return "published steps of mixtures of experts", shipped_experts()
     if recipe.low is not None:
@@ -112,8 +115,11 @@ def asked_of(question: Step) -> dict[str, Any]:
 
 
 def _candidate(c: Candidate) -> dict[str, Any]:
+    from workloads.axis_order import AxisOrder
+
     return {
         "plan": c.plan,
+        "order": AxisOrder(int(c.plan.order)).label,
         "seconds": c.step.seconds,
         "lower_s": c.step.lower_s,
         "upper_s": c.step.upper_s,
@@ -187,7 +193,7 @@ def pins_given(given: list[str], option: str = "--pin") -> dict[str, int]:
         field = PIN_WORDS.get(key.casefold(), key.casefold())
         told = _told(field, text)
         number = parse_count(told, f"{option} {shown(key)}")
-        least = 0 if field in ("recompute", "zero_stage", "sequence") else 1
+        least = 0 if field in ("recompute", "zero_stage", "sequence", "order") else 1
         if number < least or number != int(number):
             raise InputError(
                 f"{option} {shown(key)} = '{shown(text)}' is not a whole number from {least} up"
@@ -199,14 +205,32 @@ def pins_given(given: list[str], option: str = "--pin") -> dict[str, int]:
 
 
 def _told(field: str, text: str) -> str:
-    """The number of a recompute mode, or of a sequence's split, that is given by its name."""
+    """The number of what is given by its name: a recompute mode, a sequence's split, an order."""
+    from workloads.axis_order import ORDERS
     from workloads.plan import Recompute
     from workloads.sequence_plan import NAMES
 
     modes = {mode.name.casefold(): str(int(mode)) for mode in Recompute}
     splits = {name: str(int(split)) for name, split in NAMES.items()}
-    names = {"recompute": modes, "sequence": splits}.get(field, {})
+    orders = {name: str(int(order)) for name, order in ORDERS.items()}
+    names = {"recompute": modes, "sequence": splits, "order": orders}.get(field, {})
     return names.get(text.casefold(), text)
+
+
+AUTO: Final = "auto"
+
+
+def with_order(given: list[str] | None, name: str) -> dict[str, int]:
+    """The pins with the order of the axes that `--order` asks for; all useful ones for 'auto'."""
+    from workloads.axis_order import order_named
+
+    pins = pins_given(given or [])
+    if name.casefold() == AUTO:
+        return pins
+    order = int(order_named(name))
+    if pins.get("order", order) != order:
+        raise InputError("--order and --pin order ask for two orders; keep one")
+    return {**pins, "order": order}
 
 
 EVERY: Final = "all"

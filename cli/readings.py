@@ -12,6 +12,7 @@ from hwmodels.errors import InputError
 
 if TYPE_CHECKING:
     from validate.measurement import Readings, Refusal
+    from validate.record import Record, Refused
 
 
 def read_all(
@@ -42,6 +43,55 @@ def read_all(
             file=sys.stderr,
         )
     return readings
+
+
+def read_profiles(path: Path) -> tuple[list[Record], list[Refused]]:
+    """The records of a file or folder, each once, and the trials that gave none.
+
+    Half lines left by killed writers are named on stderr; all others are used.
+    """
+    from validate.record import read_records, read_refused
+    from validate.record_files import files_of
+    from validate.session import REFUSALS
+
+    found: dict[str, Record] = {}
+    refused: list[Refused] = []
+    for file in files_of(path):
+        read = read_records(file)
+        found |= {record.digest: record for record in read.records}
+        refused += read_refused(file.parent / REFUSALS)
+        for line in read.torn:
+            print(
+                f"ridgeplan: warning: {shown(file, 200)}, line {line}: half a line, left by a "
+                "writer that was killed; the rest is used",
+                file=sys.stderr,
+            )
+    if not found:
+        raise InputError(f"{shown(path, 200)}: holds no record; profile first")
+    return list(found.values()), refused
+
+
+def record_readings(
+    path: Path, family: str | None = None, devices: Mapping[str, str] | None = None
+) -> Readings:
+    """Records as rows; those that are none are refused with the reason."""
+    from validate.measurement import Readings, Refusal
+    from validate.recorded import recorded
+
+    records, _ = read_profiles(path)
+    found = recorded(records, devices or {})
+    rows = tuple(r for r in found.rows if family in (None, r.family))
+    if family is not None and not rows:
+        known = ", ".join(sorted({r.family for r in found.rows}))
+        raise InputError(f"{shown(path, 200)}: no family '{shown(family)}'; it has {known}")
+    refused = tuple(
+        Refusal(
+            family=record.trial.kernel, gpu=record.environment.gpu, op=record.case.op,
+            dtype=record.case.dtype, file=str(path), line=0, reason=reason,
+        )
+        for record, reason in found.left_out
+    )  # fmt: skip
+    return Readings(rows, refused)
 
 
 def unknown_gpu_hint(refused: Iterable[Refusal]) -> str:

@@ -1,9 +1,11 @@
-"""Groups for sequences as a record: what the tables, `--json` and the chart share."""
+"""What is asked of `plan sequences`, its answers by method, and sequences that fit nothing."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import numpy as np
 
@@ -11,6 +13,8 @@ from cli.quantity import count_text
 from hwmodels.errors import InfeasibleError, InputError
 
 if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
     from hwmodels.cluster import Cluster
     from simulator.planners.group_placement import GroupPlan
     from simulator.planners.sequence_groups import StepPlan
@@ -19,6 +23,109 @@ if TYPE_CHECKING:
 
 HBM_FRAC: Final = 0.92
 MOST_DOUBLINGS: Final = 14
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A question: a model on a cluster, lengths with the lines they stand in, and limits.
+
+    `limit` is the longest length allowed; `host_bytes` a rank's share of its host's memory;
+    `num_prompts` and `room` are those of a packed pass.
+    """
+
+    config: TransformerConfig
+    system: Cluster
+    held: Ints
+    lines: Ints | None
+    about: dict[str, Any]
+    limit: int | None
+    limit_s: float
+    gap_frac: float
+    host_bytes: float
+    num_prompts: int | None = None
+    room: int | None = None
+
+    @property
+    def allowed(self) -> int:
+        """The longest length that must fit."""
+        return self.limit or int(self.held.max())
+
+    def where(self, place: int) -> str:
+        """The line of a sequence, as a message begins; nothing where lengths were drawn."""
+        return f"line {self.lines[place]}: " if self.lines is not None else ""
+
+    def check_limit(self) -> None:
+        """Refuse a length above the longest allowed."""
+        longest = int(np.argmax(self.held))
+        if self.limit is not None and self.held[longest] > self.limit:
+            raise InputError(
+                f"{self.where(longest)}{self.held[longest]} tokens are more than --seq = "
+                f"{self.limit}; raise --seq or leave it out"
+            )
+
+    def record(self) -> dict[str, Any]:
+        """What every method's document begins with."""
+        return {
+            "model": self.config.name, "cluster": self.system.id,
+            "num_accelerators": self.system.num_accelerators, **self.about,
+            "max_seq": self.allowed, "num_sequences": len(self.held),
+            "num_tokens": int(self.held.sum()), "longest": int(self.held.max()),
+        }  # fmt: skip
+
+
+class SequenceAnswer:
+    """What all methods do with files and words; each says what it has."""
+
+    method: ClassVar[str]
+
+    def record(self) -> dict[str, Any]:
+        """The JSON document."""
+        raise NotImplementedError
+
+    def tables(self) -> None:
+        """For people."""
+        raise NotImplementedError
+
+    def explained(self) -> str:
+        """A program with its numbers and a solution."""
+        raise NotImplementedError
+
+    def figure(self) -> go.Figure:
+        """The chart."""
+        raise NotImplementedError
+
+    def write(self, pictures: list[Path]) -> None:
+        """The chart as files."""
+        from cli.charts.picture import rendered
+        from cli.files import write_all
+
+        if pictures:
+            drawn = self.figure()
+            write_all({path: rendered(drawn, path.suffix) for path in pictures})
+
+    def show(self, pictures: list[Path], *, explain: bool, as_json: bool) -> None:
+        """Print the answer."""
+        from cli import show
+
+        if as_json:
+            words = {"explanation": self.explained()} if explain else {}
+            show.print_json(self.record() | words)
+            return
+        self.tables()
+        if explain:
+            print(self.explained())
+        show.wrote(pictures)
+
+
+def headline(document: dict[str, Any]) -> str:
+    """The question in one line."""
+    return (
+        f"{document['model']}, {document['num_sequences']} sequences of "
+        f"{document['corpus'] or document['source']} "
+        f"({count_text(document['num_tokens'])} tokens, the longest "
+        f"{count_text(document['longest'])}) on {document['num_accelerators']} accelerators of "
+        f"{document['cluster']}"
+    )
 
 
 def micro_batches(step: StepPlan, held: Ints, cost: GroupCost) -> list[dict[str, Any]]:
@@ -51,21 +158,16 @@ def _groups(part: Ints, own: Ints, plan: GroupPlan, cost: GroupCost) -> list[dic
     return found
 
 
-def cost_or_refusal(
-    cfg: TransformerConfig, system: Cluster, held: Ints, lines: Ints | None, limit: int | None
-) -> GroupCost:
+def cost_or_refusal(asked: Asked) -> GroupCost:
     """The groups' cost; refused where a sequence fits none: which one, and what would fit it."""
     from simulator.variable_length import predicted_cost
 
-    longest = int(np.argmax(held))
-    length = int(held[longest])
-    where = f"line {lines[longest]}: " if lines is not None else ""
-    if limit is not None and length > limit:
-        raise InputError(
-            f"{where}{length} tokens are more than --seq = {limit}; raise --seq or leave it out"
-        )
+    cfg, system, limit = asked.config, asked.system, asked.limit
+    longest = int(np.argmax(asked.held))
+    length = int(asked.held[longest])
+    asked.check_limit()
     try:
-        cost = predicted_cost(cfg, on=system, len_max=limit or length, hbm_frac=HBM_FRAC)
+        cost = predicted_cost(cfg, on=system, len_max=asked.allowed, hbm_frac=HBM_FRAC)
         cost.least_degree(float(length))
     except InfeasibleError as error:
         if limit is not None and limit > length and _fits(cfg, system, length, 1):
@@ -78,9 +180,9 @@ def cost_or_refusal(
             f"or give at most {count_text(most)} tokens" if most else "the states alone fill these"
         )
         raise InfeasibleError(
-            f"{where}a sequence of {length} tokens of {cfg.name} fits no group of up to "
-            f"{system.num_accelerators} x {system.device.id} with every layer recomputed; {way}, "
-            f"{here}"
+            f"{asked.where(longest)}a sequence of {length} tokens of {cfg.name} fits no group of "
+            f"up to {system.num_accelerators} x {system.device.id} with every layer recomputed; "
+            f"{way}, {here}"
         ) from error
     return cost
 

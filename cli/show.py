@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -60,6 +60,12 @@ def pairs(lines: Sequence[tuple[str, str]]) -> Table:
     for name, text in lines:
         grid.add_row(name, text)
     return grid
+
+
+def wrote(paths: Iterable[object]) -> None:
+    """One line a file that was written."""
+    for path in paths:
+        print(f"wrote {path}")
 
 
 def print_json(document: Mapping[str, Any]) -> None:

@@ -94,6 +94,8 @@ class Simulated:
 
 def record(s: Simulated) -> dict[str, Any]:
     """The whole answer."""
+    from workloads.axis_order import AxisOrder
+
     low, high = s.interval_s or (None, None)
     full = s.fullest
     return {
@@ -101,6 +103,7 @@ def record(s: Simulated) -> dict[str, Any]:
         "cluster": s.cluster.id,
         "num_accelerators": s.cluster.num_accelerators,
         "plan": s.found.plan,
+        "order": AxisOrder(int(s.found.plan.order)).label,
         "schedule": s.found.schedule.name,
         "stage_layers": s.found.stage_layers,
         "stack": s.stack_name,
@@ -144,7 +147,7 @@ def step_text(s: Simulated) -> str:
     """The step with its interval."""
     text = seconds_text(s.found.seconds)
     if s.interval_s is None:
-        return f"{text} at least"
+        return f"{text} at least" if s.framework is None else text
     low, high = (seconds_text(t) for t in s.interval_s)
     return f"{text} (80 %: {low} to {high})"
 

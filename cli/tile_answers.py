@@ -32,7 +32,8 @@ def plan_record(plan: TilePlan) -> dict[str, Any]:
     return {
         "op": plan.op.name, "device": chip.device.id, "instruction": chip.instruction.kind,
         "objective": "modelled seconds", "status": plan.status, "gap_frac": plan.gap_frac,
-        "solve_s": plan.solve_s, "num_kernels": plan.num_kernels, "constants": plan.source,
+        "bound_s": plan.bound_s, "solve_s": plan.solve_s, "num_kernels": plan.num_kernels,
+        "constants": plan.source,
         "limits": {
             "smem_bytes_per_block": chip.block_smem_bytes, "smem_bytes": chip.smem_bytes,
             "registers": chip.registers, "registers_per_thread": chip.thread_registers,
@@ -68,7 +69,7 @@ def show_plan(plan: TilePlan) -> None:
     out.print(
         f"{plan.op.name} on {plan.chip.device.name} ({plan.chip.instruction.kind}): "
         f"{seconds_text(plan.best.seconds)}, the best of {plan.num_kernels:,} kernels, "
-        f"proven by exhaustion (gap 0) in {seconds_text(plan.solve_s)}",
+        f"{_proof(plan)} in {seconds_text(plan.solve_s)}",
         style="bold",
     )
     table = show.table("tiles", "time", "smem", "registers", "why not", right=("time", "registers"))
@@ -77,6 +78,15 @@ def show_plan(plan: TilePlan) -> None:
         table.add_row(*_cells(one.kernel), f"+{percent_text(one.slower_frac)}: {one.reason}")
     out.print(table)
     out.print(show.pairs([*_binding_rows(plan), *_curve_rows(plan), ("Constants", plan.source)]))
+
+
+def _proof(plan: TilePlan) -> str:
+    if plan.status == "optimal":
+        return "proven by exhaustion (gap 0)"
+    return (
+        f"not all listed (gap {percent_text(plan.gap_frac)} to a bound of "
+        f"{seconds_text(plan.bound_s)})"
+    )
 
 
 def _cells(kernel: Kernel) -> tuple[str, str, str, str]:
@@ -106,6 +116,8 @@ def _binding_rows(plan: TilePlan) -> list[tuple[str, str]]:
         )
         for one in plan.bindings
     ]
+    if plan.status != "optimal":
+        return [("Binding", "not known before all kernels are listed; raise --time-limit")]
     return rows or [("Binding", "no single limit: none alone would allow a faster kernel")]
 
 

@@ -40,7 +40,8 @@ class Cluster:
     """`num_nodes` nodes of `accelerators_per_node` devices.
 
     `levels` are the levels collectives use, innermost first, each wider than the one before;
-    `side_levels` (PCIe to the host, C2C) carry other traffic. `measured` holds published
+    `side_levels` (PCIe to the host, C2C) carry other traffic; `host_memory_bytes` is what the hosts
+    of a node have, None where no vendor's figure belongs to the system. `measured` holds published
     collective measurements (bus bandwidths), each with its `kind` and `source`; `extra` holds
     facts that no model field carries (switch counts, torus shapes).
     """
@@ -56,6 +57,7 @@ class Cluster:
     measured: tuple[Mapping[str, object], ...] = ()
     doubts: tuple[str, ...] = ()
     max_accelerators: int | None = None
+    host_memory_bytes: float | None = None
     extra: Mapping[str, object] = field(default_factory=FrozenDict)
 
     @property

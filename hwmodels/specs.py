@@ -38,8 +38,8 @@ MEMORY_KEYS: Final = (
 )  # fmt: skip
 LINK_KEYS: Final = tuple(field.name for field in dataclasses.fields(Link))
 CLUSTER_KEYS: Final = (
-    "id", "name", "device", "accelerators_per_node", "max_accelerators", "doubts", "levels",
-    "side_levels", "measured", "extra", "sources",
+    "id", "name", "device", "accelerators_per_node", "max_accelerators", "host_memory_bytes",
+    "doubts", "levels", "side_levels", "measured", "extra", "sources",
 )  # fmt: skip
 LEVEL_KEYS: Final = tuple(field.name for field in dataclasses.fields(LinkLevel))
 
@@ -108,6 +108,7 @@ def read_cluster(
         extra=freeze(root.table("extra").values),
         doubts=root.texts("doubts"),
         max_accelerators=limit,
+        host_memory_bytes=root.optional_number("host_memory_bytes"),
         sources=_sources(root, {}),
     )
     if limit is not None and per_node > limit:

@@ -45,6 +45,7 @@ from workloads.ops.linear_recurrence import LinearRecurrence
 from workloads.ops.linear_recurrence_backward import LinearRecurrenceBackward
 from workloads.ops.matmul import BatchedMatmul
 from workloads.ops.shared_prefix import CombineParts
+from workloads.placement import axis_strides
 from workloads.plan import Plan, Recompute, SequenceSplit
 from workloads.sequence_parallel import PAIRS, QUERY, Parcels, Strategy
 from workloads.sequence_plan import GATHERING, Run, longest_of, ring_runs, strategy_of
@@ -106,6 +107,11 @@ class _Layer:
         seconds = calibrated_seconds if self.stack is not None else bound_seconds
         op = Collective(kind=kind, num_bytes=num_bytes, num_ranks=ranks)
         return seconds(op, on=self.on, stride=stride)
+
+    @property
+    def stride(self) -> Num:
+        """Places between neighbours of the group."""
+        return axis_strides(self.plan).cp
 
     @property
     def tokens(self) -> Num:
@@ -237,13 +243,13 @@ def _pass(layer: _Layer) -> SplitPass:
 
 def _ring(layer: _Layer, kind: SequenceSplit) -> SplitPass:
     """Steps of a ring over all ranks."""
-    return _in_steps(layer, strategy_of(kind), layer.plan.cp, layer.plan.tp)
+    return _in_steps(layer, strategy_of(kind), layer.plan.cp, layer.stride)
 
 
 def _hybrid(layer: _Layer, kind: SequenceSplit) -> SplitPass:
     """Heads inside, a ring of the groups' chunks outside, whose bytes a rank are the same."""
     plan = layer.plan
-    ring = _in_steps(layer, strategy_of(kind), plan.cp / plan.ulysses, plan.tp * plan.ulysses)
+    ring = _in_steps(layer, strategy_of(kind), plan.cp / plan.ulysses, layer.stride * plan.ulysses)
     heads_s = _all_to_alls(layer, plan.ulysses)
     return replace(ring, moved=ring.moved + heads_s, exposed=ring.exposed + heads_s)
 
@@ -289,7 +295,7 @@ def _all_to_alls(layer: _Layer, degree: Num) -> Num:
     """Q, K and V one way and O the other; backward dO and the three gradients."""
     p = layer.parcels
     return sum(
-        (layer.collective("all_to_all", size, degree, layer.plan.tp)
+        (layer.collective("all_to_all", size, degree, layer.stride)
          for size in (p.query + p.keys, p.output)),
         start=0.0,
     )  # fmt: skip
@@ -311,13 +317,13 @@ def _self_attention(layer: _Layer, kind: SequenceSplit) -> SplitPass:
     """Li et al.: each ring under its product, which is taken to be half of what is computed."""
     plan, p = layer.plan, layer.parcels
     unfused = _unfused(layer)
-    send_s = layer.collective("send_recv", p.keys / 2, plan.cp, plan.tp)
+    send_s = layer.collective("send_recv", p.keys / 2, plan.cp, layer.stride)
     products = 2 if layer.phase == FORWARD else 4
     product_s = unfused.lower_s / (products * plan.cp)
     times, reduced_s = 2 * (plan.cp - 1), 0.0 * send_s
     if layer.phase == BACKWARD:
         whole = p.keys * plan.cp / 2
-        reduced_s = 2 * layer.collective("all_reduce", whole, plan.cp, plan.tp)
+        reduced_s = 2 * layer.collective("all_reduce", whole, plan.cp, layer.stride)
     return SplitPass(
         extra=Totals().plus(unfused).plus(layer.core(), -1.0),
         moved=times * send_s + reduced_s,
@@ -332,7 +338,7 @@ def _states(layer: _Layer, kind: SequenceSplit) -> SplitPass:
     heads, tokens = layer.heads[0], ceil_div(layer.len_seq, plan.cp)
     streams, d, dv = plan.micro_batch * heads, spec.head_dim, spec.v_head_dim
     gathered = plan.cp * streams * d * dv * e.bytes_per_element
-    gather_s = layer.collective("all_gather", gathered, plan.cp, plan.tp)
+    gather_s = layer.collective("all_gather", gathered, plan.cp, layer.stride)
     own_s = layer.linear().lower_s
     passes = frac * (1 if layer.phase == FORWARD else 2)
     extra = (
@@ -342,9 +348,9 @@ def _states(layer: _Layer, kind: SequenceSplit) -> SplitPass:
         .plus(layer.added(add(streams * tokens * dv, e), passes))
     )
     keys = layer.parcels.keys * plan.cp
-    keys_s = layer.collective("all_gather", keys, plan.cp, plan.tp)
+    keys_s = layer.collective("all_gather", keys, plan.cp, layer.stride)
     if layer.phase == BACKWARD:
-        keys_s = keys_s + layer.collective("reduce_scatter", keys, plan.cp, plan.tp)
+        keys_s = keys_s + layer.collective("reduce_scatter", keys, plan.cp, layer.stride)
     return SplitPass(
         extra=extra,
         moved=frac * gather_s + (1 - frac) * keys_s,

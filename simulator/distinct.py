@@ -15,6 +15,7 @@ from typing import Any, Final, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from workloads.numeric import Num
 from workloads.plan import Plan
 
 T = TypeVar("T")
@@ -24,22 +25,26 @@ MOST_MARKS: Final = 2**22
 """Entries of a table of marks; with more combinations than that, plans are sorted."""
 
 
-def distinct(plan: Plan, names: Sequence[str]) -> tuple[Plan, Index | None]:
+def distinct(
+    plan: Plan, names: Sequence[str], *, by: Sequence[Num] = (), carried: Sequence[str] = ()
+) -> tuple[Plan, Index | None]:
     """Plans that differ in the fields named, which alone they have, and where each finds its own.
 
-    The second is None for a single plan.
+    `by` are whole numbers that tell plans apart too; fields `carried` are those of the first of
+    the plans that are alike. The second is None for a single plan.
 
     >>> alike, index = distinct(Plan(tp=np.array([1, 8, 1]), dp=np.array([2, 4, 8])), ["tp"])
     >>> alike.tp.tolist(), index.tolist()
     ([1.0, 8.0], [0, 1, 0])
     """
     values = [getattr(plan, name) for name in names]
-    if not any(isinstance(v, np.ndarray) for v in values):
+    beside = [getattr(plan, name) for name in carried]
+    if not any(isinstance(v, np.ndarray) for v in (*values, *by, *beside)):
         return plan, None
-    columns = np.broadcast_arrays(*values)
-    shape = columns[0].shape
+    columns = np.broadcast_arrays(*values, *beside, *by)
+    shape, told = columns[0].shape, (*names, *carried)
     code: Index = np.zeros(columns[0].size, dtype=np.int64)
-    for column in columns:
+    for column in (*columns[: len(values)], *columns[len(told) :]):
         if column.strides and any(column.strides):
             ranks, count = _ranked(np.asarray(column, dtype=np.int64).reshape(-1))
             code = code * count + ranks
@@ -48,7 +53,7 @@ def distinct(plan: Plan, names: Sequence[str]) -> tuple[Plan, Index | None]:
     first[index[::-1]] = np.arange(index.size - 1, -1, -1)
     picked = {
         name: np.asarray(column).reshape(-1)[first].astype(np.float64)
-        for name, column in zip(names, columns, strict=True)
+        for name, column in zip(told, columns, strict=False)
     }
     return Plan(**picked), index.reshape(shape)
 

@@ -1,19 +1,21 @@
 """Which collectives one layer and one step need under a plan: who talks to whom, how much.
 
-Ranks lie innermost first: tensor, context, data, pipeline. So tensor groups have stride 1, context
-and data groups stride tp, pipeline neighbours stride tp * cp * dp. Experts lie on the same ranks in
-an order of their own: etp innermost, then ep, so that expert groups have stride etp and the
-replicas of one expert stride etp * ep.
+Where the ranks of a group lie is `workloads.placement`'s. In the usual order (tensor, context,
+data, pipeline, innermost first) tensor groups have stride 1, context and data groups stride tp,
+pipeline neighbours stride tp * cp * dp. Experts lie on the ranks of a stage in an order of their
+own: etp innermost, then ep, so that expert groups have stride etp and the replicas of one expert
+stride etp * ep.
 """
 
 from __future__ import annotations
 
 from simulator.expert_exchange import NODE_LIMITED, moe_exchanges
 from simulator.layer_collective import CONTEXT, EXPERT, TENSOR, Exchange
-from workloads.models.config import TransformerConfig
+from workloads.models.architecture import TransformerConfig, has_block, has_experts, mixer_of
 from workloads.models.parameters import heads_per_rank
 from workloads.numeric import Num, ceil_div
 from workloads.ops.collective import Collective
+from workloads.placement import axis_strides
 from workloads.plan import Plan
 
 __all__ = ["CONTEXT", "EXPERT", "TENSOR", "Exchange", "kv_elements_per_token", "layer_exchanges"]
@@ -50,19 +52,38 @@ def layer_exchanges(
         Exchange(
             piece=TENSOR,
             collective=Collective(kind=kind_of, num_bytes=each, num_ranks=plan.tp),
-            stride=1,
+            stride=axis_strides(plan).tp,
             forward=1,
             backward=1,
             hidden=1 if kind_of == "all_gather" else 0,
         )
         for kind_of, each in moved_bytes.items()
     ]
-    if kind != "moe":
-        return (*block, *block)
+    first = [*block, *_inside_mixer(cfg, kind, tokens, plan, element_bytes)]
+    if not has_block(kind):
+        return tuple(first)
+    if not has_experts(kind):
+        return (*first, *block)
     experts = moe_exchanges(
         cfg, num_tokens=tokens, plan=plan, element_bytes=element_bytes, dispatcher=dispatcher
     )
-    return (*block, *experts)
+    return (*first, *experts)
+
+
+def _inside_mixer(
+    cfg: TransformerConfig, kind: str, tokens: Num, plan: Plan, element_bytes: float
+) -> list[Exchange]:
+    """What a mixer sums over its ranks: a product split by rows whose output all of them need.
+
+    Backward the gradients of that output meet, from every rank's channels.
+    """
+    mixer = mixer_of(cfg, kind)
+    if mixer is None or not mixer.reduced_elements():
+        return []
+    size = tokens * mixer.reduced_elements() * element_bytes
+    summed = Collective(kind="all_reduce", num_bytes=size, num_ranks=plan.tp)
+    stride = axis_strides(plan).tp
+    return [Exchange(piece=TENSOR, collective=summed, stride=stride, forward=1, backward=1)]
 
 
 def kv_elements_per_token(cfg: TransformerConfig, tp: Num = 1) -> Num:

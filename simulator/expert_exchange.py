@@ -39,6 +39,7 @@ from workloads.models.experts import distinct_copies, load_of
 from workloads.numeric import Num, ceil_div, is_scalar, maximum, where
 from workloads.ops.collective import Collective
 from workloads.ops.expert_exchange import ExpertExchange
+from workloads.placement import axis_strides, expert_spacing
 from workloads.plan import Plan
 
 FLAT, HIERARCHICAL, NODE_LIMITED, DEEPEP = "flat", "hierarchical", "node-limited", "deepep"
@@ -131,11 +132,12 @@ class Dispatch(Exchange):
     def _deepep_seconds(self, on: Cluster, otherwise: Num) -> Num:
         """Seconds by the calibrated model of DeepEP; at the links' rates where it knows nothing."""
         n = self.collective.num_ranks
-        if not is_scalar(n, self.num_tokens, self.stride):
+        inside = members_within(n, on.levels[0], self.stride, on)
+        if not is_scalar(n, self.num_tokens, inside):
             return otherwise
         if n <= 1:
             return 0.0
-        nodes = n / members_within(n, on.levels[0], self.stride, on)
+        nodes = n / inside
         op = ExpertExchange(
             num_tokens=ceil_div(self.num_tokens * load_of(self.moe), 1),
             hidden=max(int(self.token_bytes / 2), 1),
@@ -171,7 +173,7 @@ def moe_exchanges(
         Dispatch(
             piece=EXPERT,
             collective=Collective(kind="all_to_all", num_bytes=choices, num_ranks=plan.ep),
-            stride=plan.expert_tp,
+            stride=expert_spacing(plan, plan.expert_tp, plan.ep),
             forward=1,
             backward=1,
             moe=moe,
@@ -202,11 +204,14 @@ def _edges(moe: Moe, num_tokens: Num, plan: Plan, token_bytes: float) -> list[Ex
         Exchange(
             piece=TENSOR,
             collective=Collective(kind=kind, num_bytes=size, num_ranks=ranks),
-            stride=1,
+            stride=apart,
             forward=1,
             backward=1,
             hidden=1 if kind == "all_gather" else 0,
         )
-        for size, ranks in ((once, plan.tp), (routed, etp))
+        for size, ranks, apart in (
+            (once, plan.tp, axis_strides(plan).tp),
+            (routed, etp, expert_spacing(plan, 1, etp)),
+        )
         for kind in ("all_gather", "reduce_scatter")
     ]

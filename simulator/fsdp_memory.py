@@ -77,7 +77,8 @@ def fsdp_timeline(
     >>> line.replayed().peak_reserved_bytes >= line.peak_bytes
     True
     """
-    if cfg.moe is not None or not isinstance(cfg.attention, Attention) or not cfg.mlp.gated:
+    attends = isinstance(cfg.attention, Attention) and cfg.mixer is None
+    if cfg.moe is not None or not attends or not cfg.mlp.gated:
         raise InputError(f"{cfg.name}: only dense gated models are replayed under FSDP")
     if plan.pp != 1 or plan.zero_stage != 3:
         raise InputError("the replay is of ZeRO 3 without a pipeline; set pp=1, zero_stage=3")

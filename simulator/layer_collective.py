@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from hwmodels.cluster import Cluster
 from simulator.network import bound_seconds, calibrated_seconds
+from workloads.axis_order import Spacing
 from workloads.numeric import Num
 from workloads.ops.collective import Collective
 
@@ -21,7 +22,7 @@ class Exchange:
 
     piece: str
     collective: Collective
-    stride: Num
+    stride: Spacing
     forward: Num
     backward: Num
     hidden: Num = 0

@@ -1,6 +1,7 @@
 """Layers by kind, and what each mode of keeping activations costs one of them.
 
-Kinds are told apart by feed-forward block (dense, moe) and by attention (softmax, linear); a kind
+Kinds are told apart by feed-forward block (dense, moe), by attention (softmax, linear) and by the
+mixer that stands in its place (`workloads.models.mixers`); a kind
 is priced as the layers of the same model with layers of that kind only. Where the config does not
 say which layers have linear attention, only how many, they are spread evenly. Layers with a window
 are not told apart from those without: the mean layer is taken.
@@ -34,6 +35,7 @@ from simulator.recipe import Recipe
 from simulator.stack import OnDevice
 from simulator.step import LayerTimes, hiding_seconds, room_of
 from workloads.models.activations import layer_bytes
+from workloads.models.architecture import has_experts, kind_indices, mixer_of
 from workloads.models.config import TransformerConfig
 from workloads.models.transformer import TrainStep
 from workloads.numeric import Num
@@ -87,13 +89,12 @@ def layer_kinds(
     (['dense', 'moe'], (0, 0, 0, 1, 1))
     """
     total, linear = cfg.num_layers, cfg.num_linear_layers
-    experts = set(cfg.moe.layers) if cfg.moe else set()
     apart = by_attention and 0 < linear < total
+    kind_at = {j: kind for kind, own in kind_indices(cfg).items() for j in own}
     labels = [
-        ("moe" if j in experts else "dense",
-         apart and (j + 1) * linear // total > j * linear // total)
+        (kind_at[j], apart and (j + 1) * linear // total > j * linear // total)
         for j in range(total)
-    ]  # fmt: skip
+    ]
     order = sorted(set(labels))
     mixed = len(order) > 1
     kinds = tuple(_kind(cfg, block, is_linear, mixed, apart) for block, is_linear in order)
@@ -103,10 +104,13 @@ def layer_kinds(
 def _kind(cfg: TransformerConfig, block: str, linear: bool, mixed: bool, apart: bool) -> Kind:
     if not mixed:
         return Kind(name=block, config=cfg, block=block)
-    moe = None
-    if block == "moe" and cfg.moe:
-        moe = replace(cfg.moe, layers=tuple(range(cfg.num_layers)))
-    only = replace(cfg, moe=moe, num_mtp=0)
+    every, moe = tuple(range(cfg.num_layers)), None
+    if has_experts(block) and cfg.moe:
+        moe = replace(cfg.moe, layers=every)
+    mixer = mixer_of(cfg, block)
+    only = replace(
+        cfg, moe=moe, num_mtp=0, mixer=mixer, mixer_layers=every if mixer is not None else ()
+    )
     if apart:
         only = replace(only, num_linear_layers=cfg.num_layers if linear else 0)
     return Kind(name=f"{block} linear" if linear else block, config=only, block=block)

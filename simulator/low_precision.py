@@ -181,7 +181,7 @@ def _base(node: Node) -> str:
 def _kind(node: Node) -> str | None:
     """Which of the three products of a linear layer a node is; None for everything else."""
     name = _base(node).rpartition(".")[2]
-    linear = isinstance(node.op, Matmul) and node.part in ("attention", "mlp", "moe")
+    linear = isinstance(node.op, Matmul) and node.part in ("attention", "mixer", "mlp", "moe")
     if not linear or name in UNSPLIT or name.endswith("absorb"):
         return None
     last = node.name.rpartition(".")[2]

@@ -4,6 +4,8 @@
                                     ZeRO stage shards over: optimizer from 1, gradients from 2,
                                     weights from 3
     gathered weights                ZeRO 3 holds two layers whole, at work and next
+    layer gradients                 ZeRO 2 and 3 hold one layer's whole, as its backward pass writes
+                                    it and as it is reduced and scattered: weight and gradient bytes
     activations                     what a layer keeps (none or full recompute) times its layers
                                     times the micro-batches in flight
     working set                     under full recompute, the layer being redone
@@ -17,13 +19,16 @@ layers with experts, a stage between them may hold more than either. The largest
 reported; stages are filled as `parameters_per_rank` does it, with ceil(L / p) layers each, the last
 one too (the step gives it what is left: memory errs on the safe side). Fused attention is assumed
 (no stored scores), no dropout masks.
-Ignored: allocator fragmentation, communication buffers, the whole-layer gradient that ZeRO 2 and 3
-hold until it is scattered, the driver's context; a budget below the capacity stands for them.
+Source of a layer's gradients: Rajbhandari et al. 2020 (arXiv 1910.02054, section 5.2: reduced as
+they become available, then released); torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py,
+`foreach_reduce`: unsharded gradients copied into one flat input in the reduction's format, held
+until the next layer's is there (`simulator.fsdp_memory` replays it).
+Ignored: allocator fragmentation, communication buffers, the driver's context; a budget below the
+capacity stands for them.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +38,7 @@ import numpy as np
 from simulator.context_parallel import buffer_bytes, chosen, kept_beside_bytes
 from simulator.recipe import Recipe
 from workloads.models.activations import ends_bytes, kv_cache_bytes, layer_bytes
+from workloads.models.architecture import layers_between
 from workloads.models.config import TransformerConfig
 from workloads.models.experts import expert_replicas
 from workloads.models.parameters import (
@@ -41,7 +47,7 @@ from workloads.models.parameters import (
     parameters_per_rank,
 )
 from workloads.models.transformer import Inference, TrainStep
-from workloads.numeric import Num, ceil_div, is_scalar, maximum, minimum, where
+from workloads.numeric import Num, ceil_div, maximum, minimum, where
 from workloads.plan import Plan, Recompute, SequenceSplit
 
 
@@ -82,8 +88,8 @@ def training_memory(step: TrainStep, *, plan: Plan, recipe: Recipe) -> MemoryEst
     passing = buffer_bytes(cfg, len_seq=step.len_seq, plan=plan, dtype=recipe.dtype)
 
     def stage(index: Num, held: StageParameters, start: Num, ends: Num) -> dict[str, Num]:
-        num_moe = _num_moe(cfg, start, start + num)
-        saved = kept.get("moe", 0.0) * num_moe + kept.get("dense", 0.0) * (num - num_moe)
+        counts = layers_between(cfg, start, start + num)
+        saved = sum((kept[kind] * n for kind, n in counts.items()), start=0.0)
         activations = saved * in_flight(step, plan, index)
         states = state_bytes(cfg, plan, recipe, held)
         return states | {
@@ -112,10 +118,13 @@ def _interior_stages(cfg: TransformerConfig, plan: Plan) -> range:
     """Stages between the ends that may be the fullest.
 
     With layers of one kind, none: the first stage has more micro-batches in flight and the
-    embedding besides. With both kinds, those up to the first that has MoE layers only.
+    embedding besides. With both kinds of block, those up to the first that has MoE layers only;
+    with a mixer in some layers, all of them.
     """
-    if len(cfg.kinds) == 1 or cfg.moe is None:
+    if len(cfg.kinds) == 1:
         return range(0)
+    if cfg.mixer is not None or cfg.moe is None:
+        return range(1, int(np.max(plan.pp)) - 1)
     num_before = max(set(range(cfg.num_layers)) - set(cfg.moe.layers)) + 1
     return range(1, min(int(np.max(plan.pp)) - 1, num_before + 1))
 
@@ -123,20 +132,12 @@ def _interior_stages(cfg: TransformerConfig, plan: Plan) -> range:
 def _held_inside(cfg: TransformerConfig, plan: Plan, start: Num) -> StageParameters:
     """Parameters of one rank of a stage without ends whose layers begin at `start`."""
     num = ceil_div(cfg.num_layers, plan.pp)
-    num_moe = _num_moe(cfg, start, start + num)
-    dense = layer_parameters(cfg, "dense", plan.tp)
-    moe = layer_parameters(cfg, "moe", plan.tp, plan.ep, plan.expert_tp)
-    return StageParameters(
-        dense=num_moe * moe.dense + (num - num_moe) * dense.total, experts=num_moe * moe.experts
-    )
-
-
-def _num_moe(cfg: TransformerConfig, start: Num, stop: Num) -> Num:
-    """MoE layers among layers start <= i < stop."""
-    indices = cfg.moe.layers if cfg.moe else ()
-    if is_scalar(start, stop):
-        return bisect_left(indices, stop) - bisect_left(indices, start)
-    return (np.searchsorted(indices, stop) - np.searchsorted(indices, start)).astype(np.float64)
+    dense: Num = 0
+    experts: Num = 0
+    for kind, count in layers_between(cfg, start, start + num).items():
+        one = layer_parameters(cfg, kind, plan.tp, plan.ep, plan.expert_tp)
+        dense, experts = dense + count * one.dense, experts + count * one.experts
+    return StageParameters(dense=dense, experts=experts)
 
 
 def inference_memory(step: Inference, *, plan: Plan, recipe: Recipe) -> MemoryEstimate:
@@ -183,11 +184,13 @@ def state_bytes(
         for kind in cfg.kinds
     }
     gathered = 2 * recipe.weight_bytes * _largest(layers)
+    scattered = (recipe.weight_bytes + recipe.gradient_bytes) * _largest(layers)
     return {
         "weights": recipe.weight_bytes * where(plan.zero_stage >= 3, shard, held.total),
         "gradients": recipe.gradient_bytes * where(plan.zero_stage >= 2, shard, held.total),
         "optimizer": recipe.optimizer_bytes * where(plan.zero_stage >= 1, shard, held.total),
         "gathered weights": where(plan.zero_stage >= 3, gathered, 0.0),
+        "layer gradients": where(plan.zero_stage >= 2, scattered, 0.0),
     }
 
 

@@ -5,7 +5,7 @@ event, the peak, and the tensors alive there by kind and share: a peak that expl
 `stage_timeline` writes the trace of one pipeline stage, pass by pass of a `Schedule`:
 
     before      weights, gradients, optimizer states (recipe, ZeRO stage); two layers gathered
-                whole under ZeRO 3
+                whole under ZeRO 3, a layer's gradients under ZeRO 2 and 3 (`simulator.memory`)
     forward     a layer keeps its saved tensors (`workloads.models.activations`); full recompute its
                 input, selective recompute all but the scores
     backward    layers in reverse: what was dropped comes back, the gradient of the hidden states
@@ -40,9 +40,9 @@ from workloads.models.transformer import TrainStep
 from workloads.numeric import ceil_div
 from workloads.plan import Plan, Recompute
 
-WEIGHTS, GRADIENTS, OPTIMIZER, KEPT, RECOMPUTED, FLOWING, ENDS, GATHERED = (
+WEIGHTS, GRADIENTS, OPTIMIZER, KEPT, RECOMPUTED, FLOWING, ENDS, GATHERED, SCATTERED = (
     "weights", "gradients", "optimizer", "activations", "recomputed", "flowing gradient", "ends",
-    "gathered weights",
+    "gathered weights", "layer gradients",
 )  # fmt: skip
 
 
@@ -318,6 +318,9 @@ class _Stage:
         }
         if self.plan.zero_stage >= 3:  # two layers whole, at work and next
             held[GATHERED] = 2 * self.recipe.weight_bytes * max(self.layer_sizes().values())
+        if self.plan.zero_stage >= 2:
+            whole = self.recipe.weight_bytes + self.recipe.gradient_bytes
+            held[SCATTERED] = whole * max(self.layer_sizes().values())
         return held
 
     def layer_sizes(self) -> dict[str, float]:
@@ -344,8 +347,7 @@ class _Stage:
         return total
 
     def kind(self, layer: int) -> str:
-        moe = self.cfg.moe
-        return "moe" if moe is not None and layer in moe.layers else "dense"
+        return self.cfg.kind_of(layer)
 
     def layers(self, chunk: int) -> range:
         """Layers of the model that a chunk of this stage holds."""

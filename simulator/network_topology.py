@@ -20,6 +20,7 @@ import numpy as np
 
 from hwmodels.cluster import Cluster, LinkLevel
 from hwmodels.errors import InputError
+from workloads.axis_order import Lattice, Spacing
 from workloads.numeric import Num, is_scalar
 
 COMPLETE: Final = ("fully_connected", "fully_connected_direct")
@@ -29,7 +30,7 @@ LINK_COUNTS: Final = "link_counts"
 PCIE: Final = "pcie"
 
 
-def mesh_frac(on: Cluster, level: LinkLevel, num_ranks: Num, stride: Num) -> Num:
+def mesh_frac(on: Cluster, level: LinkLevel, num_ranks: Num, stride: Spacing) -> Num:
     """Share of an accelerator's links of a level that lead to others of its group; 1 on a switch.
 
     `num_ranks` ranks of the group lie inside one group of the level, `stride` apart.
@@ -43,6 +44,8 @@ def mesh_frac(on: Cluster, level: LinkLevel, num_ranks: Num, stride: Num) -> Num
     if counts is None:
         return 1.0
     least = _pcie_frac(on, level)
+    if isinstance(stride, Lattice):
+        return _lattice_frac(counts, num_ranks, stride, least)
     table = _shares(counts)
     if is_scalar(num_ranks, stride):
         return max(table.get((int(num_ranks), int(stride)), 1.0), least)
@@ -52,6 +55,29 @@ def mesh_frac(on: Cluster, level: LinkLevel, num_ranks: Num, stride: Num) -> Num
     ]
     shares: Num = np.maximum(np.array(found).reshape(members.shape), least)
     return shares
+
+
+def _lattice_frac(
+    counts: tuple[tuple[int, ...], ...], num_ranks: Num, lattice: Lattice, least: float
+) -> Num:
+    fields = np.broadcast_arrays(
+        *(np.asarray(x) for x in (num_ranks, lattice.near, lattice.inner, lattice.far))
+    )
+    found = [
+        _run_share(counts, *(int(x) for x in one))
+        for one in zip(*(f.flat for f in fields), strict=True)
+    ]
+    if is_scalar(num_ranks, lattice.near, lattice.inner, lattice.far):
+        return max(found[0], least)
+    shares: Num = np.maximum(np.array(found).reshape(fields[0].shape), least)
+    return shares
+
+
+@lru_cache(maxsize=4096)
+def _run_share(
+    counts: tuple[tuple[int, ...], ...], num_ranks: int, near: int, inner: int, far: int
+) -> float:
+    return _least_share(counts, _members_of(len(counts), num_ranks, near, inner, far))
 
 
 def check_tiles(on: Cluster, num_ranks: int, stride: int = 1) -> None:
@@ -80,19 +106,39 @@ def _link_counts(on: Cluster, level: LinkLevel) -> tuple[tuple[int, ...], ...] |
 @lru_cache(maxsize=32)
 def _shares(counts: tuple[tuple[int, ...], ...]) -> Mapping[tuple[int, int], float]:
     """(ranks, stride) -> the least share of its links that any rank has in its group."""
-    size, links = len(counts), [sum(row) for row in counts]
-    found: dict[tuple[int, int], float] = {}
-    for stride in range(1, size):
-        for n in range(2, size // stride + 1):
-            groups = [
-                [start + block + i * stride for i in range(n)]
-                for block in range(0, size - n * stride + 1, n * stride)
-                for start in range(stride)
-            ]
-            found[n, stride] = min(
-                sum(counts[i][j] for j in group) / links[i] for group in groups for i in group
-            )
-    return found
+    size = len(counts)
+    return {
+        (n, stride): _least_share(counts, _members_of(size, n, stride, n, n * stride))
+        for stride in range(1, size)
+        for n in range(2, size // stride + 1)
+    }
+
+
+def _members_of(
+    size: int, num_ranks: int, near: int, inner: int, far: int
+) -> tuple[tuple[int, ...], ...]:
+    """Every whole group among `size` places: runs of `inner` ranks `near` apart, `far` apart."""
+    inner = min(inner, num_ranks)
+    runs, length = max(num_ranks // inner, 1), near * inner
+    if runs == 1:
+        far = length
+    return tuple(
+        tuple(block + gap + start + run * far + i * near for run in range(runs)
+              for i in range(inner))
+        for block in range(0, size - runs * far + 1, runs * far)
+        for gap in range(0, far, length)
+        for start in range(near)
+    )  # fmt: skip
+
+
+def _least_share(counts: tuple[tuple[int, ...], ...], groups: tuple[tuple[int, ...], ...]) -> float:
+    """The least share of its links that a rank has in its group; 1 where there is no group."""
+    links = [sum(row) for row in counts]
+    shares = [
+        sum(counts[i][j] for j in group) / links[i]
+        for group in groups if len(group) > 1 for i in group
+    ]  # fmt: skip
+    return min(shares, default=1.0)
 
 
 def _pcie_frac(on: Cluster, level: LinkLevel) -> float:

@@ -35,6 +35,7 @@ from workloads.ops.collective import Collective
 from workloads.ops.flash_attention import FlashAttention2
 from workloads.ops.flash_attention_backward import FlashAttention2Backward
 from workloads.ops.grouped_matmul import GroupedMatmul
+from workloads.placement import axis_strides
 from workloads.plan import Plan
 from workloads.workload import Node
 
@@ -220,7 +221,7 @@ def send_seconds(
         num_ranks=plan.pp,
     )
     seconds = calibrated_seconds if calibrated else bound_seconds
-    return seconds(sent, on=on, stride=plan.tp * plan.cp * plan.dp)
+    return seconds(sent, on=on, stride=axis_strides(plan).pp)
 
 
 def slowest_stage(

@@ -165,7 +165,7 @@ def narrow_frac(cfg: TransformerConfig) -> float:
     0.869
     """
     p = count_parameters(cfg)
-    return (p.attention + p.mlp + p.experts + p.shared_experts) / p.total
+    return (p.attention + p.mixers + p.mlp + p.experts + p.shared_experts) / p.total
 
 
 def recipe(name: str) -> Recipe:

@@ -14,7 +14,19 @@ The file is read without running anything that it contains: it may hold numbers,
 tuples, dictionaries and nothing else. Files of other layouts (Python's `pickle` of other things,
 snapshots of releases before `device_traces`, or with actions that are unknown here) are refused.
 
-Source: torch/cuda/memory.py, `_snapshot` (fields), torch/cuda/_memory_viz.py (their use).
+Layouts read, torch 2.1 to 2.13 (a file names no version: its fields must tell):
+
+    segments  address, total_size, device, stream, blocks of size and state; a block without its
+              address follows the one before
+    entries   action, addr (an "oom" has device_free instead), size, stream, frames where kept
+    state     "active_pending_free" as written, "active_awaiting_free" as documented
+    2.13      skip_actions: free_completed ends a life where free_requested was left out
+
+and whatever else later releases put beside these (pool ids, compile contexts, annotations, times)
+is not needed here.
+
+Source: torch/csrc/cuda/memory_snapshot.cpp and torch/cuda/memory.py, `_snapshot` (fields),
+c10/core/CachingDeviceAllocator.h, `TraceEntry::Action` (2.13's actions), torch/cuda/_memory_viz.py.
 """
 
 from __future__ import annotations
@@ -29,14 +41,17 @@ import numpy as np
 
 from hwmodels.errors import InputError
 from simulator.memory_timeline import Timeline, Trace
-from simulator.planners.storage import Ints
+from simulator.planners.storage_search import Ints
 
 ALLOC, FREE, FREED = "alloc", "free_requested", "free_completed"
 SEGMENTS: Final = {"segment_alloc": 1, "segment_map": 1, "segment_free": -1, "segment_unmap": -1}
 IGNORED: Final = ("oom", "snapshot", "workspace_snapshot")
+KNOWN: Final = (ALLOC, FREE, FREED, *SEGMENTS, *IGNORED)
 IN_USE: Final = ("active_allocated", "active_awaiting_free", "active_pending_free")
+STATES: Final = (*IN_USE, "inactive")
 BEFORE, WITHIN = "before the recording", "recorded"
 MOST_BYTES: Final = 2**31
+MOST_ADDRESS: Final = 2**62
 RECORD: Final = "record it with torch.cuda.memory._record_memory_history() and _dump_snapshot()"
 
 
@@ -95,28 +110,53 @@ def _checked(path: Path, snapshot: Any) -> list[Sequence[Mapping[str, Any]]]:
             f"{path.name} has no device_traces: another version of torch, or no recorded history; "
             + RECORD
         )
-    known = {ALLOC, FREE, FREED, *SEGMENTS, *IGNORED}
     for trace in traces:
         for entry in trace:
-            action = entry.get("action") if isinstance(entry, Mapping) else None
-            if action not in known:
-                raise InputError(
-                    f"{path.name}: unknown action '{str(action)[:40]}': a snapshot of another "
-                    "version of torch; record it with torch 2.1 to 2.13"
-                )
-            if action not in IGNORED and not (
-                _is_count(entry, "addr") and _is_count(entry, "size")
-            ):
-                raise InputError(
-                    f"{path.name}: an entry without addr or size: a snapshot of another version "
-                    "of torch; record it with torch 2.1 to 2.13"
-                )
+            _check_entry(path, entry)
+    for segment in snapshot["segments"]:
+        _check_segment(path, segment)
     return traces
+
+
+def _other_version(path: Path, what: str) -> InputError:
+    return InputError(
+        f"{path.name}: {what}: a snapshot of another version of torch; record it with torch 2.1 "
+        "to 2.13"
+    )
+
+
+def _check_entry(path: Path, entry: Any) -> None:
+    action = entry.get("action") if isinstance(entry, Mapping) else None
+    if not isinstance(action, str) or action not in KNOWN:
+        raise _other_version(path, f"unknown action '{str(action)[:40]}'")
+    if action in IGNORED:
+        return
+    if not (_is_count(entry, "addr") and _is_count(entry, "size")):
+        raise _other_version(path, "an entry without addr or size")
+    if not isinstance(entry.get("stream", 0), int):
+        raise _other_version(path, "an entry whose stream is no number")
+    frames = entry.get("frames") or []
+    if not isinstance(frames, list) or not all(isinstance(one, Mapping) for one in frames):
+        raise _other_version(path, "an entry whose frames are no list of dictionaries")
+
+
+def _check_segment(path: Path, segment: Any) -> None:
+    if not isinstance(segment, Mapping) or not isinstance(segment.get("blocks"), list):
+        raise _other_version(path, "a segment without blocks")
+    if not (_is_count(segment, "address") and _is_count(segment, "total_size")):
+        raise _other_version(path, "a segment without address or total_size")
+    for block in segment["blocks"]:
+        if not isinstance(block, Mapping) or not _is_count(block, "size"):
+            raise _other_version(path, "a block without size")
+        if "address" in block and not _is_count(block, "address"):
+            raise _other_version(path, "a block whose address is no number")
+        if block.get("state") not in STATES:
+            raise _other_version(path, f"unknown state '{str(block.get('state'))[:40]}'")
 
 
 def _is_count(entry: Mapping[str, Any], key: str) -> bool:
     value = entry.get(key)
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MOST_ADDRESS
 
 
 def _read(
@@ -128,16 +168,18 @@ def _read(
         trace.allocate((address, "before"), size, kind=BEFORE)
     alive: dict[int, tuple[int, Any]] = {address: (address, "before") for address in standing}
     for at, entry in enumerate(entries):
-        address = int(entry.get("addr", 0))
+        if entry["action"] not in (ALLOC, FREE, FREED) or not entry["size"]:
+            continue
+        address = int(entry["addr"])
         if entry["action"] == ALLOC:
             if address in alive:
                 raise InputError(
-                    f"{path.name}: address {address:#x} is allocated twice; the recording has a "
-                    "gap, raise max_entries"
+                    f"{path.name}: address {address:#x} is allocated twice, its free was not "
+                    "recorded; record without skip_actions and with more max_entries"
                 )
             alive[address] = (address, at)
             trace.allocate(alive[address], int(entry["size"]), kind=_kind(entry))
-        elif entry["action"] == FREE and address in alive:
+        elif address in alive:
             trace.free(alive.pop(address))
     streams = {entry.get("stream", 0) for entry in entries if entry["action"] == ALLOC}
     return Recording(
@@ -152,15 +194,13 @@ def _standing(
     """Address and size of what was alive before the first entry."""
     first: dict[int, tuple[str, int]] = {}
     for entry in entries:
-        if entry["action"] in (ALLOC, FREE):
+        if entry["action"] in (ALLOC, FREE, FREED):
             first.setdefault(int(entry["addr"]), (entry["action"], int(entry["size"])))
-    found = {address: size for address, (action, size) in first.items() if action == FREE and size}
+    found = {address: size for address, (action, size) in first.items() if action != ALLOC and size}
     for segment in snapshot["segments"]:
-        if not isinstance(segment, Mapping) or not isinstance(segment.get("blocks"), list):
-            raise InputError(f"{path.name}: a segment without blocks; {RECORD}")
         if segment.get("device", device) != device:
             continue
-        address = int(segment.get("address", 0))
+        address = int(segment["address"])
         for block in segment["blocks"]:
             here = int(block.get("address", address))
             address = here + int(block["size"])
@@ -184,11 +224,11 @@ def _reserved(
 ) -> int:  # fmt: skip
     """The most reserved at once: the segments at the end, followed back through the entries."""
     now = sum(
-        int(one.get("total_size", 0)) for one in snapshot["segments"]
+        int(one["total_size"]) for one in snapshot["segments"]
         if one.get("device", device) == device
     )  # fmt: skip
     change: Ints = np.array(
-        [SEGMENTS.get(entry["action"], 0) * int(entry.get("size", 0)) for entry in entries],
+        [SEGMENTS[e["action"]] * int(e["size"]) if e["action"] in SEGMENTS else 0 for e in entries],
         dtype=np.int64,
     )
     held = now - np.concatenate([np.cumsum(change[::-1])[::-1], [0]])

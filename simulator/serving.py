@@ -47,6 +47,7 @@ from hwmodels.dtypes import BF16
 from hwmodels.errors import InputError
 from simulator.kernel_time.model import Conditions
 from simulator.kernel_time.predict import predict
+from simulator.mixer_kernels import pass_kernels
 from simulator.serving_kernels import (
     EXPERTS,
     Batch,
@@ -54,10 +55,9 @@ from simulator.serving_kernels import (
     Kernel,
     Served,
     end_kernels,
-    forward_kernels,
     send,
 )
-from simulator.serving_memory import cache_bytes, paged, weight_bytes
+from simulator.serving_memory import cache_bytes, paged, state_bytes, weight_bytes
 from workloads.models.parameters import count_parameters
 from workloads.numeric import ceil_div
 from workloads.op import Op
@@ -177,7 +177,7 @@ def forward_pass(served: Served, batch: Batch) -> Pass:
     parts: dict[str, float] = {}
     beside: dict[str, float] = {}
     count = 0.0
-    for k in forward_kernels(served, batch):
+    for k in pass_kernels(served, batch):
         into = beside if k.beside else parts
         into[k.part] = into.get(k.part, 0.0) + _seconds(served, k)
         count += k.times
@@ -283,7 +283,7 @@ def least_s(served: Served, load: Load) -> float:
     if split.pp == 1:  # the embedding is looked up, not read
         table = served.config.vocab_size * served.config.hidden_dim * BF16.bytes_per_element
         read -= table / split.tp
-    read += batch * cache_bytes(served, load.isl + load.osl / 2)
+    read += batch * (cache_bytes(served, load.isl + load.osl / 2) + state_bytes(served))
     bandwidth = served.device.hbm.bytes_per_s
     if bandwidth is None:
         raise InputError(f"{served.device.id} states no memory bandwidth; give its spec file one")

@@ -222,9 +222,10 @@ class Served:
 
     def __post_init__(self) -> None:
         cfg, split = self.config, self.layout
-        if cfg.attention.num_heads % split.tp:
+        if cfg.split_parts % split.tp:
+            parts = "" if cfg.mixer is None else f" of attention and {cfg.mixer.label} layers"
             raise InputError(
-                f"{split.tp} tensor parallel ranks do not divide {cfg.attention.num_heads} heads"
+                f"{split.tp} tensor parallel ranks do not divide {cfg.split_parts} heads{parts}"
             )
         if cfg.moe and split.moe_tp * split.moe_ep != split.num_ranks:
             raise InputError(
@@ -276,7 +277,9 @@ class Kernel:
 
 
 def forward_kernels(served: Served, batch: Batch) -> Iterator[Kernel]:
-    """Every kernel of one pass."""
+    """Every kernel of one pass but those of mixers in the place of attention
+    (`simulator.mixer_kernels`).
+    """
     cfg = served.config
     for windowed, layers in _by_window(cfg):
         for kernel in attention_kernels(served, batch, window=windowed):
@@ -287,8 +290,8 @@ def forward_kernels(served: Served, batch: Batch) -> Iterator[Kernel]:
 
 
 def _by_window(cfg: TransformerConfig) -> tuple[tuple[int | None, int], ...]:
-    whole = cfg.num_layers - (cfg.num_windowed_layers if cfg.window else 0)
-    both = ((None, whole), (cfg.window, cfg.num_layers - whole))
+    whole = cfg.num_attention_layers - (cfg.num_windowed_layers if cfg.window else 0)
+    both = ((None, whole), (cfg.window, cfg.num_attention_layers - whole))
     return tuple((window, layers) for window, layers in both if layers)
 
 
@@ -306,7 +309,7 @@ def _repeat(kernels: Iterator[Kernel], layers: int) -> Iterator[Kernel]:
 
 def attention_kernels(served: Served, batch: Batch, *, window: int | None) -> Iterator[Kernel]:
     """The attention block of one layer, its norm and its all-reduce."""
-    yield from _norm(served, batch.num_tokens)
+    yield from layer_norm(served, batch.num_tokens)
     attention = served.config.attention
     if isinstance(attention, LatentAttention):
         yield from _latent(served, batch, attention)
@@ -314,8 +317,10 @@ def attention_kernels(served: Served, batch: Batch, *, window: int | None) -> It
         yield from _grouped(served, batch, attention, window)
     out_k = attention.num_heads // served.layout.tp * attention.v_head_dim
     linear = served.formats.attention
-    yield _product(served, "output", linear, batch.num_tokens, served.config.hidden_dim, out_k)
-    yield from _all_reduce(served, batch.num_tokens, served.layout.tp)
+    yield linear_product(
+        served, "output", linear, batch.num_tokens, served.config.hidden_dim, out_k
+    )
+    yield from all_reduce(served, batch.num_tokens, served.layout.tp)
 
 
 def _grouped(
@@ -326,20 +331,25 @@ def _grouped(
     kv_heads = _shard(attention.num_kv_heads, served.layout.tp)
     width = (heads + 2 * kv_heads) * attention.head_dim
     tokens, hidden = batch.num_tokens, served.config.hidden_dim
-    yield _product(served, "qkv", served.formats.attention, tokens, width, hidden)
+    gates = heads * attention.head_dim * attention.out_gate
+    linear = served.formats.attention
+    yield linear_product(served, "qkv", linear, tokens, width + gates, hidden)
     if attention.qk_norm:
         rows = tokens * (heads + kv_heads)
-        yield _small("qk norm", RmsNorm(rows=rows, cols=attention.head_dim))
+        yield small("qk norm", RmsNorm(rows=rows, cols=attention.head_dim))
     if not served.engine.fuses_rotation:
-        yield _small("rope", RowMap(rows=tokens, cols=width, vector_flops_per_element=3))
+        yield small("rope", RowMap(rows=tokens, cols=width, vector_flops_per_element=3))
         written = 2 * kv_heads * attention.head_dim
         out = served.formats.cache
-        yield _small("cache", RowMap(rows=tokens, cols=written, out_dtype=out))
+        yield small("cache", RowMap(rows=tokens, cols=written, out_dtype=out))
     sizes = heads, kv_heads, attention.head_dim
     if batch.num_decoding:
         yield _decode(served, batch, sizes, window)
     if batch.num_prompts:
         yield _prefill(served, batch, sizes, window)
+    if gates:
+        op = RowMap(rows=tokens, cols=gates, num_inputs=2, special_ops_per_element=2)
+        yield small("gate", op)
 
 
 def _decode(
@@ -387,10 +397,10 @@ def _latent(served: Served, batch: Batch, attention: LatentAttention) -> Iterato
     heads, hidden = a.num_heads // served.layout.tp, served.config.hidden_dim
     q_rank = a.q_lora_rank or 0
     down = q_rank + a.latent_dim
-    yield _product(served, "latents", linear, tokens, down, hidden)
-    yield _small("latent norm", RmsNorm(rows=tokens, cols=down))
-    yield _product(served, "queries", linear, tokens, heads * a.head_dim, q_rank or hidden)
-    yield _small("rope", RowMap(rows=tokens, cols=(heads + 1) * a.qk_rope_head_dim,
+    yield linear_product(served, "latents", linear, tokens, down, hidden)
+    yield small("latent norm", RmsNorm(rows=tokens, cols=down))
+    yield linear_product(served, "queries", linear, tokens, heads * a.head_dim, q_rank or hidden)
+    yield small("rope", RowMap(rows=tokens, cols=(heads + 1) * a.qk_rope_head_dim,
                                 vector_flops_per_element=3))  # fmt: skip
     if batch.num_decoding:
         yield _batched(served, "absorb", heads, batch.num_decoding, a.kv_lora_rank,
@@ -399,7 +409,7 @@ def _latent(served: Served, batch: Batch, attention: LatentAttention) -> Iterato
         yield _batched(served, "expand", heads, batch.num_decoding, a.v_head_dim, a.kv_lora_rank)
     if batch.num_prompts:
         rows, width = batch.num_prompts * batch.len_prompt, a.qk_nope_head_dim + a.v_head_dim
-        yield _product(served, "keys, values", linear, rows, heads * width, a.kv_lora_rank)
+        yield linear_product(served, "keys, values", linear, rows, heads * width, a.kv_lora_rank)
         kernel = served.engine.latent_prefill.get(served.major, "")
         cache = "+fp8cache" if served.formats.cache == FP8 else "+cache"
         op = MlaPrefill(batch=batch.num_prompts, num_heads=heads, len_q=batch.len_prompt,
@@ -430,10 +440,10 @@ def _latent_decode(served: Served, batch: Batch, a: LatentAttention, heads: int)
 
 def mlp_kernels(served: Served, batch: Batch) -> Iterator[Kernel]:
     """The dense feed-forward block of one layer, its norm and its all-reduce."""
-    yield from _norm(served, batch.num_tokens)
+    yield from layer_norm(served, batch.num_tokens)
     width = served.config.mlp.ffn_dim
     yield from _gated(served, batch.num_tokens, width, served.formats.mlp, "mlp")
-    yield from _all_reduce(served, batch.num_tokens, served.layout.tp)
+    yield from all_reduce(served, batch.num_tokens, served.layout.tp)
 
 
 def _gated(
@@ -441,10 +451,10 @@ def _gated(
 ) -> Iterator[Kernel]:
     inner, hidden = _shard(width, served.layout.tp), served.config.hidden_dim
     both = 2 if served.config.mlp.gated else 1
-    yield _product(served, part, linear, tokens, both * inner, hidden)
-    yield _small("activation", RowMap(rows=tokens, cols=inner, num_inputs=both,
+    yield linear_product(served, part, linear, tokens, both * inner, hidden)
+    yield small("activation", RowMap(rows=tokens, cols=inner, num_inputs=both,
                                       special_ops_per_element=1))  # fmt: skip
-    yield _product(served, part, linear, tokens, hidden, inner)
+    yield linear_product(served, part, linear, tokens, hidden, inner)
 
 
 def moe_kernels(served: Served, batch: Batch) -> Iterator[Kernel]:
@@ -453,10 +463,10 @@ def moe_kernels(served: Served, batch: Batch) -> Iterator[Kernel]:
     if moe is None:
         return
     own, every = batch.num_tokens, batch.num_tokens * split.attn_dp
-    yield from _norm(served, own)
+    yield from layer_norm(served, own)
     router = Matmul(m=own, n=moe.num_experts, k=cfg.hidden_dim)
     yield _cublas(served, "router", router)
-    yield _small("router", Softmax(rows=own, cols=moe.num_experts, dtype=FP32))
+    yield small("router", Softmax(rows=own, cols=moe.num_experts, dtype=FP32))
     linear = served.formats.experts
     experts = ServedExperts(
         num_tokens=every,
@@ -478,7 +488,7 @@ def moe_kernels(served: Served, batch: Batch) -> Iterator[Kernel]:
         shared = _gated(served, own, moe.shared_ffn_dim, served.formats.mlp, "shared experts")
         yield from (replace(kernel, beside=not batch.num_prompts) for kernel in shared)
     if split.attn_dp == 1:
-        yield from _all_reduce(served, own, split.num_ranks)
+        yield from all_reduce(served, own, split.num_ranks)
     else:
         yield from _dispatch(served, own)
 
@@ -523,13 +533,13 @@ def end_kernels(served: Served, batch: Batch) -> Iterator[Kernel]:
     cfg, tp, rows = served.config, served.layout.tp, batch.num_sampled
     vocab = _shard(cfg.vocab_size, tp)
     lookup = Embedding(num_tokens=batch.num_tokens, vocab_size=vocab, dim=cfg.hidden_dim)
-    yield _small("ends", lookup)
-    yield from _all_reduce(served, batch.num_tokens, tp)
-    yield _small("ends", RmsNorm(rows=batch.num_tokens, cols=cfg.hidden_dim))
+    yield small("ends", lookup)
+    yield from all_reduce(served, batch.num_tokens, tp)
+    yield small("ends", RmsNorm(rows=batch.num_tokens, cols=cfg.hidden_dim))
     yield _cublas(served, "head", Matmul(m=rows, n=vocab, k=cfg.hidden_dim))
     if tp > 1:
         yield _library(served, "all_gather", rows * vocab * tp * BF16.bytes_per_element, tp)
-    yield _small("sampling", Softmax(rows=rows, cols=cfg.vocab_size, dtype=FP32))
+    yield small("sampling", Softmax(rows=rows, cols=cfg.vocab_size, dtype=FP32))
 
 
 def num_nodes(device: Device, num_ranks: int) -> int:
@@ -542,17 +552,19 @@ def _shard(size: int, tp: int) -> int:
     return int(ceil_div(size, tp))
 
 
-def _norm(served: Served, tokens: float) -> Iterator[Kernel]:
+def layer_norm(served: Served, tokens: float) -> Iterator[Kernel]:
+    """The norm before a block; nothing where the all-reduce before it has it inside."""
     if served.major in served.engine.fuses_norms and served.layout.tp > 1:
         return
-    yield _small("norm", RmsNorm(rows=tokens, cols=served.config.hidden_dim, residual=True))
+    yield small("norm", RmsNorm(rows=tokens, cols=served.config.hidden_dim, residual=True))
 
 
-def _small(part: str, op: Op) -> Kernel:
+def small(part: str, op: Op) -> Kernel:
+    """A map over activations, which lie in the L2."""
     return Kernel(part=part, op=op, times=1, conditions=Conditions(l2=REPLAYED))
 
 
-def _product(served: Served, part: str, linear: Linear, m: float, n: int, k: int) -> Kernel:
+def linear_product(served: Served, part: str, linear: Linear, m: float, n: int, k: int) -> Kernel:
     """A linear layer as it is stored."""
     if linear.dtype == BF16 and linear.stored == BF16:
         return _cublas(served, part, Matmul(m=m, n=n, k=k))
@@ -580,11 +592,16 @@ def _batched(served: Served, part: str, batch: int, m: float, n: int, k: int) ->
     return _cublas(served, part, BatchedMatmul(batch=batch, m=m, n=n, k=k))
 
 
-def _all_reduce(served: Served, tokens: float, num_ranks: int) -> Iterator[Kernel]:
-    """The engine's own kernel for a small message, NCCL for a large one or several domains."""
+def all_reduce(
+    served: Served, tokens: float, num_ranks: int, *, width: int | None = None
+) -> Iterator[Kernel]:
+    """The engine's own kernel for a small message, NCCL for a large one or several domains.
+
+    Of the hidden state, or of `width` numbers a token.
+    """
     if num_ranks == 1:
         return
-    size = tokens * served.config.hidden_dim * BF16.bytes_per_element
+    size = tokens * (width or served.config.hidden_dim) * BF16.bytes_per_element
     if size > CUSTOM_BYTES or num_nodes(served.device, num_ranks) > 1:
         yield _library(served, "all_reduce", size, num_ranks)
         return

@@ -70,12 +70,14 @@ from simulator.recomputation import (
     selective_shares,
 )
 from simulator.stack import SERIAL, Factors, OnDevice
+from workloads.axis_order import Spacing
 from workloads.models.config import TransformerConfig
 from workloads.models.experts import check_experts, expert_replicas
 from workloads.models.parameters import StageParameters, parameters_per_rank
 from workloads.models.transformer import TrainStep, optimizer
 from workloads.numeric import Num, ceil_div, is_scalar, maximum, minimum, where
 from workloads.ops.collective import Collective
+from workloads.placement import expert_spacing, layer_places, replica_spacing
 from workloads.plan import Plan, Recompute
 from workloads.sequence_plan import check_plan
 from workloads.workload import BACKWARD, FORWARD, Node, Workload
@@ -613,12 +615,12 @@ def data_exchange(
     once = calibrated_seconds if calibrated else bound_seconds
     sharded = plan.zero_stage >= 1
     sums: list[Num] = [0.0] * 4
-    for parameters, ranks, stride in replicated_parameters(cfg, plan, held):
+    for parameters, ranks, apart in replicated_parameters(cfg, plan, held):
         made = {
             kind: Collective(kind=kind, num_bytes=parameters * size, num_ranks=ranks)
             for kind, size in _exchanged(cfg, recipe).items()
         }
-        seconds = {kind: once(c, on=on, stride=stride) for kind, c in made.items()}
+        seconds = {kind: once(c, on=on, stride=apart) for kind, c in made.items()}
         sent = {kind: c.wire_bytes() for kind, c in made.items()}
         for i, values in enumerate((seconds, sent)):
             reduced = where(sharded, values["reduce_scatter"], values["all_reduce"])
@@ -654,8 +656,8 @@ def _exchanged(cfg: TransformerConfig, recipe: Recipe) -> dict[str, float]:
 
 def replicated_parameters(
     cfg: TransformerConfig, plan: Plan, held: StageParameters | None = None
-) -> tuple[tuple[Num, Num, Num], tuple[Num, Num, Num]]:
-    """(parameters, replicas, stride) of dense weights, then of experts.
+) -> tuple[tuple[Num, Num, Spacing], tuple[Num, Num, Spacing]]:
+    """(parameters, replicas, where they lie) of dense weights, then of experts.
 
     Of the larger end stage, or of one with the parameters `held`.
     """
@@ -664,9 +666,10 @@ def replicated_parameters(
         held = StageParameters(
             dense=maximum(first.dense, last.dense), experts=maximum(first.experts, last.experts)
         )
+    replicas = expert_replicas(plan)
     return (
-        (held.dense, plan.dp * plan.cp, plan.tp),
-        (held.experts, expert_replicas(plan), plan.expert_tp * plan.ep),
+        (held.dense, plan.dp * plan.cp, replica_spacing(plan)),
+        (held.experts, replicas, expert_spacing(plan, plan.expert_tp * plan.ep, replicas)),
     )
 
 
@@ -696,15 +699,17 @@ def optimizer_seconds(
 def distinct_shapes(plan: Plan) -> tuple[Plan, Index | None]:
     """The plans that differ in what one rank computes, and where each plan finds its own.
 
-    A rank's kernels depend on the fields of `_SHAPE` only, so thousands of plans share a few
-    dozen shapes.
+    A rank's kernels depend on the fields of `_SHAPE` only, its exchange on where its groups lie
+    too, so thousands of plans share a few dozen shapes.
     """
-    return distinct(plan, _SHAPE)
+    if not np.any(plan.order):  # where a layer's groups lie depends on its own degrees alone
+        return distinct(plan, _SHAPE)
+    return distinct(plan, _SHAPE, by=layer_places(plan), carried=("dp", "pp", "order"))
 
 
 _SHAPE: Final = ("tp", "cp", "ep", "etp", "micro_batch", "sequence", "ulysses")
 """Fields of a plan that decide what one rank computes and exchanges in a layer."""
-_GROUPS: Final = ("dp", "tp", "pp", "cp", "ep", "etp", "zero_stage")
+_GROUPS: Final = ("dp", "tp", "pp", "cp", "ep", "etp", "zero_stage", "order")
 """Fields that decide what data-parallel ranks exchange and update."""
-_SENDS: Final = ("dp", "tp", "pp", "cp", "micro_batch")
+_SENDS: Final = ("dp", "tp", "pp", "cp", "micro_batch", "order")
 """Fields that decide what a stage sends to the next."""

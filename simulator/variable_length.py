@@ -49,6 +49,7 @@ from simulator.network import bound_seconds, calibrated_seconds
 from simulator.pieces import is_attention
 from workloads.models.activations import ends_bytes, layer_bytes
 from workloads.models.config import TransformerConfig
+from workloads.models.mixers import no_context
 from workloads.models.parameters import count_parameters
 from workloads.models.transformer import train_step
 from workloads.ops.collective import Collective
@@ -336,6 +337,8 @@ def memory_of_rank(
 
 def _kernel_seconds(cfg: TransformerConfig, on: Cluster, recomputed: float) -> tuple[float, float]:
     """Seconds per token, and of attention per squared length; forward passes run again."""
+    if cfg.mixer is not None:
+        raise InputError(no_context(cfg.name, cfg.mixer))
     token_s = square_s = 0.0
     for len_seq, attention in ((ROWS, False), (LEN_ATTENTION, True)):
         step = train_step(cfg, len_seq=len_seq, global_batch=1)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+
 PROJECT = Path(__file__).resolve().parents[1]
 
 

@@ -15,7 +15,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -52,6 +52,19 @@ DIGEST_CHARS: Final = 16
 SEED: Final = 20261121
 
 
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What a fit did with its rows: log(measured / predicted) of each by a fit without its shape.
+
+    `errors` (NaN where a row has none) and `regimes` (kernel label and regime, or None) follow the
+    rows of the fit's device.
+    """
+
+    fit: Fit
+    errors: Floats
+    regimes: Any
+
+
 def short_digest(row: Measurement) -> str:
     """The first 64 bits of the digest of what a row says."""
     return digest(row)[:DIGEST_CHARS]
@@ -65,11 +78,14 @@ def calibrate(
     donors: Sequence[Calibration] = (),
     on: datetime.date | None = None,
     progress: Callable[[str], None] = lambda _: None,
+    least_rows: int = MIN_ROWS,
+    trace: Callable[[Trace], None] = lambda _: None,
 ) -> Calibration:
     """Every kernel model that the rows of one device allow, without transfer residuals.
 
     With `donors` (calibrations of other devices), the constants they give are where the fit's
-    priors are centred: a few rows then move only what they speak of.
+    priors are centred: a few rows then move only what they speak of. Models with fewer than
+    `least_rows` are left out; `trace` hears of every fit.
     """
     mine = [r for r in rows if r.device_id == device_id]
     today = on or datetime.date.today()
@@ -81,17 +97,19 @@ def calibrate(
     for part in components(problem_of(device_id, found, seconds)):
         problem = with_prior(part, donors)
         names = {m.name for m in problem.models}
-        if len(problem.rows) < MIN_ROWS or (wanted is not None and not names & wanted):
+        if names == {general.MODEL.name}:  # fitted below, with rows of all kinds
+            continue
+        if len(problem.rows) < least_rows or (wanted is not None and not names & wanted):
             continue
         progress(f"{device_id}: {', '.join(sorted(names))} on {len(problem.rows)} rows")
-        fitted |= _fitted(problem, mine, today)
+        fitted |= _fitted(problem, mine, today, trace)
         used |= set(problem.rows.tolist())
     if (wanted is None or general.MODEL.name in wanted) and found:
         progress(f"{device_id}: general")
         able = [b for b in found if not isinstance(b.op, CollectiveTransfer)]
         problem = with_prior(problem_of(device_id, able, seconds, general.MODEL), donors)
-        if problem.batches and len(problem.rows) >= MIN_ROWS:
-            fitted |= _general(problem, mine, today)
+        if problem.batches and len(problem.rows) >= least_rows:
+            fitted |= _general(problem, mine, today, least_rows, trace)
             used |= set(problem.rows.tolist())
     digests = sorted({short_digest(mine[i]) for i in used})
     return Calibration(
@@ -164,12 +182,16 @@ def components(problem: Problem) -> list[Problem]:
 
 
 def _fitted(
-    problem: Problem, rows: Sequence[Measurement], today: datetime.date
+    problem: Problem,
+    rows: Sequence[Measurement],
+    today: datetime.date,
+    trace: Callable[[Trace], None],
 ) -> dict[str, ModelCalibration]:
     """Full fit for the constants, cross-validation for the residuals."""
     whole = fit(problem)
     errors = cross_validated(problem, whole, rows)
     regimes = _regimes(problem, whole)
+    trace(Trace(whole, errors, regimes))
     return {
         model.name: _entry(problem, whole, model, errors, regimes, rows, today)
         for model in dict.fromkeys(problem.models)
@@ -177,7 +199,11 @@ def _fitted(
 
 
 def _general(
-    problem: Problem, rows: Sequence[Measurement], today: datetime.date
+    problem: Problem,
+    rows: Sequence[Measurement],
+    today: datetime.date,
+    least_rows: int,
+    trace: Callable[[Trace], None],
 ) -> dict[str, ModelCalibration]:
     """The general path on many kinds of op: the folds are whole classes, as its users' ops are new.
 
@@ -191,10 +217,11 @@ def _general(
     errors = np.full(len(rows), np.nan)
     for name in sorted(set(kinds[use])):
         held, kept = use[kinds[use] == name], use[kinds[use] != name]
-        theta = fit(problem, kept, whole.theta).theta if len(kept) >= MIN_ROWS else whole.theta
+        theta = fit(problem, kept, whole.theta).theta if len(kept) >= least_rows else whole.theta
         errors[held] = np.log(problem.seconds[held] / problem.predicted(theta)[held])
     model = general.MODEL
     nowhere = np.full(len(rows), None, dtype=object)
+    trace(Trace(whole, errors, nowhere))
     return {model.name: _entry(problem, whole, model, errors, nowhere, rows, today)}
 
 

@@ -19,7 +19,6 @@ from typing import Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import least_squares
 
 from hwmodels import catalog
 from hwmodels.calibration import FittedConstant
@@ -246,6 +245,8 @@ def _can_time(device: Device, batch: Batch, model: KernelModel) -> bool:
 
 def fit(problem: Problem, rows: NDArray[np.intp] | None = None, start: Floats | None = None) -> Fit:
     """The constants that minimise the loss over `rows` (all of the problem's by default)."""
+    from scipy.optimize import least_squares  # a problem is also stated where scipy is missing
+
     use = problem.rows if rows is None else rows
     slots = problem.slots
     centre = np.array([s.start for s in slots])

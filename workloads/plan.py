@@ -8,6 +8,7 @@ from enum import IntEnum
 
 import numpy as np
 
+from workloads.axis_order import AxisOrder
 from workloads.numeric import Num, where
 
 
@@ -53,12 +54,13 @@ class SequenceSplit(IntEnum):
 class Plan:
     """Degrees of parallelism and the schedule; every field a number, or arrays that broadcast.
 
-    Ranks are laid out innermost first: tp, cp, dp, pp. `cp` is context parallelism
-    over the sequence, split as `sequence` says, `ulysses` of its ranks by heads where that is a
-    hybrid; with tp > 1 norms and residuals are sharded along the sequence. Experts have a layout of
-    their own on the dp * cp * tp ranks of a stage: `ep` groups hold a share of them each, `etp`
-    ranks split each expert's width (0: as many as tp), and etp * ep divides the ranks: with
-    etp = 0, ep divides dp * cp; with etp = 1, ep lies across tp and no expert is split.
+    Ranks are laid out in the `order` of the axes, by default tp, cp, dp, pp innermost first
+    (`workloads.placement` has the strides). `cp` is context parallelism over the sequence, split as
+    `sequence` says, `ulysses` of its ranks by heads where that is a hybrid; with tp > 1 norms and
+    residuals are sharded along the sequence. Experts have a layout of their own on the dp * cp * tp
+    ranks of a stage: `ep` groups hold a share of them each, `etp` ranks split each expert's width
+    (0: as many as tp), and etp * ep divides the ranks: with etp = 0, ep divides dp * cp; with
+    etp = 1, ep lies across tp and no expert is split.
     `micro_batch` is sequences per micro-batch and data-parallel rank; `interleave` the model chunks
     per pipeline stage.
     """
@@ -75,6 +77,7 @@ class Plan:
     sequence: Num = SequenceSplit.RING_ZIGZAG
     ulysses: Num = 1
     etp: Num = 0
+    order: Num = AxisOrder.TP_CP_DP_PP
 
     @property
     def expert_tp(self) -> Num:
@@ -112,6 +115,8 @@ class Plan:
             parts.append(f"u{int(self.ulysses)}")
         if self.etp:
             parts.append(f"etp{int(self.etp)}")
+        if self.order != AxisOrder.TP_CP_DP_PP:
+            parts.append(AxisOrder(int(self.order)).label)
         parts.append(f"mb{int(self.micro_batch)}")
         if self.interleave != 1:
             parts.append(f"v{int(self.interleave)}")

@@ -99,6 +99,12 @@ _OPS: Final[Mapping[str, Entry]] = {
     ),
     "mla_decode": Entry("decode_attention", "MlaDecode", "latent attention of one new token"),
     "mamba_scan": Entry("selective_scan", "SelectiveScan", "fused selective scan"),
+    "mamba_scan_backward": Entry(
+        "selective_scan_backward", "SelectiveScanBackward", "its backward pass"
+    ),
+    "mamba_step": Entry(
+        "selective_scan_backward", "SelectiveStep", "selective scan, one new token"
+    ),
     "mamba_scan_unfused": Entry(
         "selective_scan", "SelectiveScanUnfused", "selective scan, states written to memory"
     ),
@@ -185,6 +191,7 @@ _OPS: Final[Mapping[str, Entry]] = {
     "gated_delta_step": Entry("delta_rule", "GatedDeltaStep", "gated delta rule, one new token"),
     "mamba2_chunk_scan": Entry("chunk_scan", "MambaChunkScan", "Mamba-2 scan in chunks"),
     "ssd_scan": Entry("ssd_scan", "SsdScan", "Mamba-2 scan in chunks, heads sharing B and C"),
+    "ssd_scan_backward": Entry("ssd_scan_backward", "SsdScanBackward", "its backward pass"),
     "ssd_step": Entry("ssd_scan", "SsdStep", "Mamba-2 scan, one new token"),
     "mamba2_layer": Entry("mamba2_layer", "Mamba2Layer", "Mamba-2 layer, a prompt or one token"),
     "merge_directions": Entry(

@@ -29,6 +29,7 @@ import numpy as np
 
 from hwmodels.errors import InputError, UnknownNameError
 from workloads.models.architecture import TransformerConfig
+from workloads.models.mixers import no_context
 from workloads.models.parameters import heads_per_rank
 from workloads.numeric import Num, is_scalar, maximum, where
 from workloads.plan import Plan, SequenceSplit
@@ -97,6 +98,8 @@ def refusal(
     if cp == 1:
         unsplit = kind == SequenceSplit.RING_ZIGZAG and ulysses == 1
         return None if unsplit else alone(kind)
+    if cfg.mixer is not None:
+        return no_context(cfg.name, cfg.mixer)
     layout = strategy_of(kind).layout
     parts = 2 * cp if layout == ZIGZAG else cp
     if len_seq % parts:

@@ -51,6 +51,7 @@ MOST_POINTS: Final = 6000
 LEAST_A_GROUP: Final = 12
 FARTHEST: Final = 5.0
 """Residuals beyond this factor stand at the panel's edge."""
+EVIDENCE: Final = "Rows that a calibration was fitted on are left out."
 HEAT_TOP: Final = 0.5
 """The error that has the strongest colour."""
 
@@ -81,27 +82,36 @@ def page(comparison: Comparison, *, data: str, on: datetime.date) -> str:
     )
     body = [f"<h1>Predicted against measured</h1><p>{html.escape(head)}</p>"]
     if num_points:
-        figures = (parity(comparison.points), residuals(comparison.points))
-        for i, figure in enumerate(figures):
-            body.append(
-                figure.to_html(
-                    full_html=False,
-                    include_plotlyjs=i == 0,
-                    div_id=f"ridgeplan-{i + 1}",
-                    config={"displaylogo": False, "responsive": False},
-                )
-            )
+        body += drawn((parity(comparison.points), residuals(comparison.points)))
         body += [_heat(comparison.points), _coverage(comparison.points), _families(comparison)]
     body.append(_reasons(comparison))
+    return document(f"accuracy on {data}", body)
+
+
+def drawn(figures: Sequence[go.Figure]) -> list[str]:
+    """Figures as parts of one page; the first brings the script."""
+    return [
+        figure.to_html(
+            full_html=False,
+            include_plotlyjs=i == 0,
+            div_id=f"ridgeplan-{i + 1}",
+            config={"displaylogo": False, "responsive": False},
+        )
+        for i, figure in enumerate(figures)
+    ]
+
+
+def document(title: str, body: Sequence[str]) -> str:
+    """A self-contained page in the house look."""
     return (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
-        f"<title>Ridgeplan: accuracy on {html.escape(data)}</title><style>{_CSS}</style></head>"
+        f"<title>Ridgeplan: {html.escape(title)}</title><style>{_CSS}</style></head>"
         f"<body>{''.join(body)}</body></html>\n"
     )
 
 
-def parity(points: Points) -> go.Figure:
-    """Predicted over measured, both logarithmic, a panel a family."""
+def parity(points: Points, *, note: str = EVIDENCE, intervals: bool = False) -> go.Figure:
+    """Predicted over measured, both logarithmic, a panel a family; 90 % intervals if asked for."""
     fig, panels = go.Figure(), _panels(points)
     shown_points = _thinned(points)
     for panel in panels:
@@ -111,16 +121,25 @@ def parity(points: Points) -> go.Figure:
         ticks = decades(low, high, 4)
         axis = _axis(low, high, ticks, [seconds_tick(t) for t in ticks])
         _frame(fig, panel, axis, axis, f"MAPE {percent(errors(panel.points).mape)} %")
-    _markers(fig, panels, shown_points, lambda p: (p.measured_s, p.predicted_s))
+    _markers(
+        fig, panels, shown_points, lambda p: (p.measured_s, p.predicted_s), intervals=intervals
+    )
+    bars = " Bars: 90 % intervals." if intervals else ""
     _finish(
-        fig, panels, shown_points, points,
+        fig, panels, shown_points, points, note,
         title="Predicted over measured time",
-        subtitle="Across: measured, up: predicted. Solid: equal. Dotted: a factor of two apart.",
+        subtitle="Across: measured, up: predicted. Solid: equal. Dotted: a factor of two apart."
+        + bars,
     )  # fmt: skip
     return fig
 
 
-def residuals(points: Points) -> go.Figure:
+def residuals(
+    points: Points,
+    *,
+    note: str = EVIDENCE,
+    title: str = "Predicted / measured, over measured time",
+) -> go.Figure:
     """Predicted / measured over the measured time, both logarithmic, a panel a family."""
     fig, panels = go.Figure(), _panels(points)
     shown_points = _thinned(points)
@@ -140,8 +159,8 @@ def residuals(points: Points) -> go.Figure:
 
     _markers(fig, panels, shown_points, place)
     _finish(
-        fig, panels, shown_points, points,
-        title="Predicted / measured, over measured time",
+        fig, panels, shown_points, points, note,
+        title=title,
         subtitle="Across: measured time, up: the ratio. Dotted: a factor of two. Points beyond a "
         f"factor of {FARTHEST:.0f} stand at the edge.",
     )  # fmt: skip
@@ -203,6 +222,8 @@ def _markers(
     panels: Sequence[_Panel],
     points: Points,
     place: Callable[[Points], tuple[np.ndarray, np.ndarray]],
+    *,
+    intervals: bool = False,
 ) -> None:
     """The points, a trace for every family and GPU; GPUs switch on and off together."""
     colors = _colors(points)
@@ -218,9 +239,19 @@ def _markers(
                     xaxis=f"x{panel.suffix}", yaxis=f"y{panel.suffix}",
                     marker={"color": color, "symbol": symbol, "size": 4, "opacity": 0.6},
                     hovertext=_hovers(mine), hoverinfo="text",
+                    error_y=_bars(mine, color) if intervals else None,
                 )
             )  # fmt: skip
             named.add(gpu)
+
+
+def _bars(points: Points, color: str) -> dict[str, object]:
+    """The 90 % interval of each prediction."""
+    return {
+        "type": "data", "symmetric": False, "array": points.high_90_s - points.predicted_s,
+        "arrayminus": points.predicted_s - points.low_90_s, "color": color, "thickness": 0.7,
+        "width": 0,
+    }  # fmt: skip
 
 
 def _hovers(points: Points) -> list[str]:
@@ -285,22 +316,23 @@ def _spread(*values: np.ndarray) -> tuple[float, float]:
 def _finish(
     fig: go.Figure,
     panels: Sequence[_Panel],
-    drawn: Points,
+    kept: Points,
     points: Points,
+    said: str,
     *,
     title: str,
     subtitle: str,
 ) -> None:
     """Title, legend and footnote, in a picture as high as its panels need."""
-    note = f"{len(drawn):,} of {len(points):,} points, thinned evenly by time. " if len(
-        drawn) < len(points) else ""  # fmt: skip
+    note = f"{len(kept):,} of {len(points):,} points, thinned evenly by time. " if len(
+        kept) < len(points) else ""  # fmt: skip
     style(
         fig,
         title=title,
         subtitle=subtitle,
-        footnote=f"Ridgeplan. {note}Rows that a calibration was fitted on are left out.",
+        footnote=f"Ridgeplan. {note}{said}",
     )
-    names = [shown(gpu, 24) for gpu in _colors(drawn)]
+    names = [shown(gpu, 24) for gpu in _colors(kept)]
     room = max(text_width(name, 12) for name in names) + 60
     top, bottom = 84, 74
     height = _shape(len(panels))[2] + top + bottom
@@ -332,7 +364,7 @@ def _heat(points: Points) -> str:
         return percent(error), error / HEAT_TOP, said + (
             f", noise {percent(floor)}" if floor is not None else "")  # fmt: skip
 
-    return _section(
+    return section(
         "Mean absolute percentage error",
         "By family and GPU, in %; point at a cell for bias, roofline and noise.",
         _grid(points, cell),
@@ -348,7 +380,7 @@ def _coverage(points: Points) -> str:
         off = max(abs(inside[0] - 0.8), abs(inside[1] - 0.9))
         return f"{100 * inside[0]:.0f} / {100 * inside[1]:.0f}", off / HEAT_TOP, f"n = {e.n:,}"
 
-    return _section(
+    return section(
         "Coverage of the intervals",
         "Rows inside the 80 % / 90 % interval, in %.",
         _grid(points, cell),
@@ -401,7 +433,7 @@ def _families(comparison: Comparison) -> str:
             + "".join(f"<td>{c}</td>" for c in cells) + "</tr>"
         )  # fmt: skip
     promised = "; ".join(f"{b.name} {percent(b.fitted)}" for b in BARS)
-    return _section(
+    return section(
         "Errors by whose constants were used",
         f"In %. Own: fitted on other rows of that GPU. Promised there: {promised}.",
         "".join([*lines, "</table>"]),
@@ -418,10 +450,11 @@ def _reasons(comparison: Comparison) -> str:
         f"{html.escape(shown(reason, 200))}</td><td>{n:,}</td></tr>"
         for family, reason, n in counts
     ]
-    return _section("Rows without a prediction", "", "".join([*lines, "</table>"]))
+    return section("Rows without a prediction", "", "".join([*lines, "</table>"]))
 
 
-def _section(title: str, said: str, table: str) -> str:
+def section(title: str, said: str, table: str) -> str:
+    """A heading, a sentence, a table."""
     return f"<h2>{title}</h2><p>{html.escape(said)}</p>{table}"
 
 

@@ -47,7 +47,7 @@ TIME_GROUPS: Final[Mapping[str, tuple[str, ...]]] = {
 }  # fmt: skip
 MEMORY_GROUPS: Final[Mapping[str, tuple[str, ...]]] = {
     "weights": ("weights", "gathered weights"),
-    "gradients": ("gradients",),
+    "gradients": ("gradients", "layer gradients"),
     "optimizer": ("optimizer",),
     "activations": ("activations", "working set"),
     "KV cache": ("kv cache",),

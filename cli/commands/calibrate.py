@@ -26,11 +26,19 @@ NOMINAL, BORROWED = "nominal", "borrowed"
 
 def calibrate(
     path: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A folder of measurement files, or one file.")
+        Path,
+        typer.Argument(
+            metavar="RECORDS", help="Records of a profile, or a folder of measurement files."
+        ),
     ],
     device: Annotated[
         list[str] | None,
-        typer.Option("--device", "-d", metavar="NAME", help="Only this device; may repeat."),
+        typer.Option(
+            "--device",
+            "-d",
+            metavar="NAME",
+            help="Only this device; may repeat. GPU=DEVICE says what a GPU name of records means.",
+        ),
     ] = None,
     model: Annotated[
         list[str] | None,
@@ -50,15 +58,22 @@ def calibrate(
         Path | None,
         typer.Option("--out", metavar="FOLDER", help="Write <device>.json files there."),
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Draw the fit of records as one page."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> None:
     """Fit the kernel models to measured rows, and say what the data could not tell.
 
     Prints every model's cross-validated error and the constants that the rows leave
-    unidentified or push to a bound. With --out, writes one file a device for `--calibration`.
+    unidentified or push to a bound; of records, also which were left out and why. With --out,
+    writes one file a device for `--calibration`, which names its rows: `validate` takes none of
+    them as evidence.
 
     \b
     Examples:
+      ridgeplan calibrate h200/ -d h200-sxm --html fit.html --out calibrations/
       ridgeplan calibrate measured/ -d h100-sxm --out calibrations/
       ridgeplan calibrate measured/ -d h100-sxm -m gemm --rows 50
     """
@@ -66,7 +81,15 @@ def calibrate(
         raise InputError(f"--prior {shown(prior)}: say '{BORROWED}' or '{NOMINAL}'")
     if rows is not None and rows < LEAST_ROWS:
         raise InputError(f"--rows {rows}: too few to fit anything; give at least {LEAST_ROWS}")
-    measured, ids = _measured(path, device), _models(model)
+    ids = _models(model)
+    from validate.record_files import holds_records
+
+    if holds_records(path) and rows is None:
+        _records(path, device, ids, prior, out, html, as_json=as_json)
+        return
+    if html is not None:
+        raise InputError("--html draws the fit of records; for tables, see `validate --html`")
+    measured = _measured(path, device)
     devices = sorted({r.device_id for r in measured})
     files = _files(out, devices)
     if rows is not None:
@@ -83,11 +106,52 @@ def calibrate(
         print(f"wrote {files[c.device_id]}")
 
 
+def _records(
+    path: Path,
+    device: Sequence[str] | None,
+    models: Sequence[str] | None,
+    prior: str,
+    out: Path | None,
+    html: Path | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Fit one device's records; the calibration and the page are written together."""
+    from cli.charts.picture import asked_for
+    from cli.record_fits import document, fitted, print_fit, usable_rows
+    from hwmodels.calibration import shipped
+
+    check_writable(asked_for(html, None))
+    found, device_id = usable_rows(path, device)
+    files = _files(out, [device_id])
+    report = fitted(found, device_id, models, shipped() if prior == BORROWED else ())
+    contents = {files[device_id]: _bytes(report.calibration)} if files else {}
+    if html is not None:
+        from cli.charts.fit import page
+
+        with patience("drawing"):
+            contents[html] = page(report, data=path.resolve().name).encode()
+    write_all(contents)
+    if as_json:
+        show.print_json(
+            {"calibrations": [_without_rows(report.calibration)], "fits": [document(report)]}
+        )
+        return
+    print_fit(report)
+    for file in contents:
+        print(f"wrote {file}")
+
+
 def _measured(path: Path, device: Sequence[str] | None) -> list[Measurement]:
     """The believable rows of the asked devices; refused ones are counted on stderr."""
     from cli.readings import read_all
     from hwmodels import catalog
+    from validate.record_files import holds_records
 
+    if holds_records(path):
+        from cli.record_fits import usable_rows
+
+        return list(usable_rows(path, device)[0].rows)
     wanted = {catalog.device(name).id for name in device or ()}
     with patience(f"reading {shown(path)}"):
         measured = [r for r in read_all(path).rows if not wanted or r.device_id in wanted]

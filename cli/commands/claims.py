@@ -72,8 +72,7 @@ def claims(
     if system:
         _show_claims(verdicts)
     _show_scores(verdicts)
-    for path in contents:
-        print(f"wrote {path}")
+    show.wrote(contents)
 
 
 def _chosen(found: list[Any], systems: Sequence[str], families: Sequence[str]) -> list[Any]:

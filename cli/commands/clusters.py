@@ -9,7 +9,7 @@ import typer
 
 from cli import show
 from cli.options import AsJson
-from cli.quantity import scaled_text, seconds_text
+from cli.quantity import capacity_text, scaled_text, seconds_text
 from hwmodels.errors import InputError
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def _document(cluster: Cluster) -> dict[str, Any]:
         "accelerators_per_node": cluster.accelerators_per_node,
         "num_accelerators": cluster.num_accelerators,
         "max_accelerators": cluster.max_accelerators,
+        "host_memory_bytes": cluster.host_memory_bytes,
         "levels": cluster.levels,
         "side_levels": cluster.side_levels,
         "measured": cluster.measured,
@@ -89,6 +90,8 @@ def _show_one(cluster: Cluster) -> None:
         f"{nodes} of {cluster.accelerators_per_node} x {cluster.device.id}: "
         f"{cluster.num_accelerators} accelerators"
     )
+    if cluster.host_memory_bytes is not None:
+        out.print(f"Host memory of a node: {capacity_text(cluster.host_memory_bytes)}")
     columns = "level", "topology", "joins", "bandwidth", "latency", "notes"
     table = show.table(*columns, right=("joins", "bandwidth", "latency"))
     for level in cluster.levels:

@@ -23,7 +23,6 @@ from cli.plans import (
     asked_of,
     asked_text,
     framework_on,
-    pins_given,
     question_of,
     record,
     rung_text,
@@ -32,6 +31,7 @@ from cli.plans import (
     step_text,
     whole,
     why_not_best,
+    with_order,
 )
 from cli.quantity import (
     count_text,
@@ -113,6 +113,15 @@ SplitNames: TypeAlias = Annotated[
         "degree: --pin ulysses=N), lasp2, lasp2h; only plans with cp > 1. Or all. May repeat.",
     ),
 ]
+OrderName: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--order",
+        metavar="NAME",
+        help="Axes from the nearest ranks outward, e.g. tp-cp-pp-dp (stages side by side); auto "
+        "searches tp-cp-dp-pp, tp-cp-pp-dp and tp-pp-cp-dp.",
+    ),
+]
 MemoryBudget: TypeAlias = Annotated[
     str | None,
     typer.Option(
@@ -124,7 +133,8 @@ HostMemory: TypeAlias = Annotated[
     typer.Option(
         "--host-memory",
         metavar="SIZE",
-        help="Host memory of a node that activations may be offloaded to (none is otherwise).",
+        help="Host memory of a node that activations may be offloaded to, or node: what the "
+        "catalogue says it has (none is used otherwise).",
     ),
 ]
 Explain: TypeAlias = Annotated[
@@ -164,6 +174,7 @@ def plan(
     top: Top = 5,
     stack: StackName = None,
     sequence_parallel: SplitNames = None,
+    order: OrderName = "auto",
     memory_budget: MemoryBudget = None,
     host_memory: HostMemory = None,
     explain: Explain = False,
@@ -183,12 +194,11 @@ def plan(
     \b
     Examples:
       ridgeplan plan examples/llama3-8b.json -c hgx-h100 -n 8 --seq 128k -b 64
-      ridgeplan plan examples/llama3-8b.json -c hgx-h100 --seq 8k -b 64 --pin tp=1
-      ridgeplan plan examples/llama3-8b.json -c hgx-h100 -n 4 --seq 8k -b 128 --stack megatron
+      ridgeplan plan examples/llama3-8b.json -c hgx-h100 -n 4 --seq 8k -b 128 --pin tp=1
       ridgeplan plan examples/llama3-8b.json -c hgx-h100 -n 8 --seq 512k -b 16 \\
         --sequence-parallel all
       ridgeplan plan examples/megatron-1t.json -c dgx-a100-80gb -n 384 --seq 2k -b 3072 \\
-        --memory-budget 36GB --explain
+        --memory-budget 36GB --stack megatron --explain
       ridgeplan plan examples/llama3-70b.json -c hgx-h200 --seq 8k -b 32 --phase decode
     """
     from cli.charts.picture import asked_for
@@ -204,7 +214,7 @@ def plan(
         raise InputError(f"--nodes = {nodes} is more than {count_text(MOST_NODES)}; give fewer")
     kind = _phase(phase)
     len_seq, batch = whole(seq, "--seq"), whole(global_batch, "--global-batch")
-    hbm_frac, pins = parse(hbm_fraction, "frac", "--hbm-fraction"), pins_given(pin or [])
+    hbm_frac, pins = parse(hbm_fraction, "frac", "--hbm-fraction"), with_order(pin, order)
     question = question_of(kind, load_model(model), len_seq, batch)
     system = catalog.cluster(cluster, nodes)
     asked: dict[str, Any] = {
@@ -213,7 +223,7 @@ def plan(
         "stack": framework_on(stack, system, recipe_of(recipe), question.config),
         "splits": splits_asked(sequence_parallel or []),
     }  # fmt: skip
-    training = training_options(memory_budget, host_memory, time_limit, gap)
+    training = training_options(memory_budget, host_memory, time_limit, gap, on=system)
     if kind != "train":
         _only_training(memory_budget, host_memory, time_limit, explain)
     with patience("searching plans"):
@@ -229,16 +239,16 @@ def plan(
     if explain and answer is not None:
         explained(found, choice)
         print(program_of(answer))
-    for path in pictures:
-        print(f"wrote {path}")
+    show.wrote(pictures)
 
 
 def _ratio(choice: PlanChoice, question: Step) -> StepRatio | None:
-    """What published steps took over the bound: those fitted are of dense models."""
+    """What published steps took over the bound: those fitted are of dense transformers."""
     from hwmodels.step_ratios import step_ratio
 
     device = choice.cluster.device
-    trained = asked_of(question)["phase"] == "train" and question.config.moe is None
+    cfg = question.config
+    trained = asked_of(question)["phase"] == "train" and cfg.moe is None and cfg.mixer is None
     known = trained and choice.stack is None
     return step_ratio(device.id, device.architecture) if known else None
 

@@ -35,7 +35,11 @@ MaybeSeq: TypeAlias = Annotated[
 ]
 HostMemory: TypeAlias = Annotated[
     str | None,
-    typer.Option("--host-memory", metavar="SIZE", help="Of a model: a node's memory for swapping."),
+    typer.Option(
+        "--host-memory",
+        metavar="SIZE",
+        help="Of a model: a node's memory for swapping, where not what the catalogue has.",
+    ),
 ]
 HostBandwidth: TypeAlias = Annotated[
     str | None,

@@ -1,4 +1,4 @@
-"""`ridgeplan plan sequences`: groups for sequences of all lengths, against one size for all."""
+"""`ridgeplan plan sequences`: groups, rings or packed rows for sequences of all lengths."""
 
 from __future__ import annotations
 
@@ -7,31 +7,45 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
 
 import typer
 
-from cli import show
 from cli.commands.plan import ClusterName, Model, Nodes
 from cli.options import AsJson, Html, Out
 from cli.plans import whole
-from cli.quantity import count_text, digits, parse, percent_text, seconds_text, shown
-from hwmodels.errors import InputError
+from cli.quantity import parse, shown
+from hwmodels.errors import InputError, UnknownNameError
 
 if TYPE_CHECKING:
+    from cli.sequence_answers import Asked, SequenceAnswer
     from hwmodels.cluster import Cluster
-    from simulator.planners.sequence_groups import StepPlan
-    from simulator.variable_length import GroupCost, Ints
-    from workloads.models.config import TransformerConfig
+    from simulator.variable_length import Ints
 
-HOST_BYTES: Final = 2e12 / 8
-"""Host memory that a rank may offload to: 2 TB a node of eight (DGX A100 and H100 datasheets)."""
+GROUPS, HYBRID, PREPACK = "groups", "hybrid", "prepack"
+WAITING: Final = {
+    GROUPS: "planning groups", HYBRID: "planning rings", PREPACK: "packing prompts",
+}  # fmt: skip
+"""Methods, and what is said while one works."""
+OPTION_OF: Final = {"prompts": PREPACK, "row": PREPACK, "host_memory": HYBRID}
 CORPUS: Final = "common_crawl"
 BATCH: Final = "512"
-MOST_SHOWN: Final = 16
-EXPLAINED_CLASSES: Final = 6
-"""Length classes of the program that `--explain` prints; the search has up to 64."""
-RUNG: Final = (
-    "calibrated kernels and all-to-alls inside a node; links between nodes and ZeRO-3's exchange "
-    "at their bound"
-)
 
+Method: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--method",
+        metavar="NAME",
+        help="groups (FlexSP), hybrid (ByteScale), or prepack: prompts in rows, for serving.",
+    ),
+]
+Prompts: TypeAlias = Annotated[
+    str | None, typer.Option("--prompts", metavar="N", help="Of prepack: prompts a pass (64).")
+]
+RowTokens: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--row", metavar="N", help="Of prepack: tokens of a row (the longest prompt)."),
+]
+HostMemory: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--host-memory", metavar="SIZE", help="Of hybrid: a node's memory, or 'node'."),
+]
 Lengths: TypeAlias = Annotated[
     Path | None,
     typer.Option(
@@ -59,7 +73,7 @@ Gap: TypeAlias = Annotated[
     str, typer.Option("--gap", metavar="SHARE", help="Stop at this distance from the bound.")
 ]
 Explain: TypeAlias = Annotated[
-    bool, typer.Option("--explain", help="Print the program of the slowest micro-batch.")
+    bool, typer.Option("--explain", help="Print the program behind the bound, with its numbers.")
 ]
 
 
@@ -67,6 +81,7 @@ def plan_sequences(
     model: Model,
     cluster: ClusterName,
     lengths: Lengths = None,
+    method: Method = GROUPS,
     seq: Seq = None,
     nodes: Nodes = 1,
     batch: Batch = None,
@@ -74,6 +89,9 @@ def plan_sequences(
     seed: Annotated[
         int | None, typer.Option("--seed", metavar="N", help="Of a corpus: which batch is drawn.")
     ] = None,
+    prompts: Prompts = None,
+    row: RowTokens = None,
+    host_memory: HostMemory = None,
     time_limit: TimeLimit = "5s",
     gap: Gap = "2%",
     explain: Explain = False,
@@ -81,29 +99,30 @@ def plan_sequences(
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
-    """A step over sequences of all lengths: how many ranks each should have.
+    """A step over sequences of all lengths: how many ranks, or which row, for each.
 
-    Takes the lengths of a file, or draws a batch from a corpus, and plans Ulysses groups of mixed
-    sizes with ZeRO-3 (FlexSP), with a proven bound; compares them with the best single size and
-    with the one that the longest sequence allowed needs; and for rings with the model whole on
-    every rank, ByteScale's hybrid data parallelism with rings of one size.
+    Takes the lengths of a file, or draws a batch from a corpus. groups: micro-batches and Ulysses
+    groups of mixed sizes with ZeRO-3 (FlexSP), against the best single size. hybrid: rings as long
+    as each sequence needs (ByteScale), against rings of one size. prepack: prompts packed into rows
+    of one pass of an accelerator (Prepacking), against padding. Each with a proven bound.
 
     \b
     Examples:
       ridgeplan plan sequences examples/llama3-8b.json -c hgx-h100 -n 4 --lengths batch.txt
       ridgeplan plan sequences examples/llama3-8b.json -c dgx-a100-80gb -n 8 --seq 512k \\
         --corpus github -b 1024 --explain
+      ridgeplan plan sequences examples/llama3-8b.json -c hgx-h100 --seq 4k --method prepack
     """
     from cli.charts.picture import asked_for
     from cli.files import check_writable
     from cli.progress import patience
-    from cli.sequence_answers import cost_or_refusal
+    from cli.sequence_answers import Asked
     from hwmodels import catalog
-    from simulator.planners.sequence_groups import plan_step
     from workloads.models.config import load_model
 
     pictures = asked_for(html, out)
     check_writable(pictures)
+    _check_method(method, prompts=prompts, row=row, host_memory=host_memory)
     limit_s, gap_frac = parse(time_limit, "s", "--time-limit"), parse(gap, "frac", "--gap")
     if not limit_s > 0 or gap_frac < 0:
         raise InputError(
@@ -112,27 +131,69 @@ def plan_sequences(
         )
     system, cfg = catalog.cluster(cluster, nodes), load_model(model)
     limit = whole(seq, "--seq") if seq is not None else None
-    held, lines, about = _lengths(lengths, limit, system, batch=batch, corpus=corpus, seed=seed)
-    with patience("planning groups"):
-        cost = cost_or_refusal(cfg, system, held, lines, limit)
-        step = plan_step(
-            held, cost, system.num_accelerators, gap_frac=gap_frac, time_limit_s=limit_s
-        )
-        document = _document(cfg, system, held, about, limit, cost, step)
-    if pictures:
-        _draw(document, pictures)
-    if as_json:
-        show.print_json(document)
-        return
-    _show(document)
-    if explain:
-        print(_explained(step, cost, system.num_accelerators))
-    for path in pictures:
-        print(f"wrote {path}")
+    multiple = 1 if method == PREPACK else 2 * system.num_accelerators
+    held, lines, about = _lengths(lengths, limit, multiple, batch=batch, corpus=corpus, seed=seed)
+    asked = Asked(
+        config=cfg, system=system, held=held, lines=lines, about=about, limit=limit,
+        limit_s=limit_s, gap_frac=gap_frac, host_bytes=_host_bytes(host_memory, system, method),
+        num_prompts=whole(prompts, "--prompts") if prompts is not None else None,
+        room=whole(row, "--row") if row is not None else None,
+    )  # fmt: skip
+    with patience(WAITING[method]):
+        answer = _answer(method, asked)
+        answer.write(pictures)
+    answer.show(pictures, explain=explain, as_json=as_json)
+
+
+def _answer(method: str, asked: Asked) -> SequenceAnswer:
+    """The answer of one method, whose module is loaded on demand."""
+    if method == HYBRID:
+        from cli.hybrid_answers import HybridAnswer
+
+        return HybridAnswer.of(asked)
+    if method == PREPACK:
+        from cli.prefill_answers import PrefillAnswer
+
+        return PrefillAnswer.of(asked)
+    from cli.group_answers import GroupAnswer
+
+    return GroupAnswer.of(asked)
+
+
+def _check_method(method: str, **given: str | None) -> None:
+    """Refuse an unknown method, and options of another one."""
+    if method not in WAITING:
+        raise UnknownNameError("--method", shown(method), WAITING, f"give {', '.join(WAITING)}")
+    for key, value in given.items():
+        if value is not None and OPTION_OF[key] != method:
+            raise InputError(
+                f"--{key.replace('_', '-')} is for --method {OPTION_OF[key]}; leave it out"
+            )
+
+
+def _host_bytes(given: str | None, system: Cluster, method: str) -> float:
+    """A rank's share of its node's memory, 0 where the cluster has no link to a host.
+
+    The hybrid method asks for a figure, given or the catalogue's; others do with none.
+    """
+    from cli.host_memory import NODE, host_bytes
+
+    if not system.side_levels:
+        if given is not None:
+            raise InputError(
+                f"{system.id} has no known link to a host, so that --host-memory is of no use; "
+                "leave it out or take another cluster"
+            )
+        return 0.0
+    if method == HYBRID:
+        whole_node = host_bytes(given, system, default=NODE)
+    else:
+        whole_node = system.host_memory_bytes or 0.0
+    return whole_node / float(system.accelerators_per_node)
 
 
 def _lengths(
-    file: Path | None, limit: int | None, system: Cluster, **drawing: Any
+    file: Path | None, limit: int | None, multiple: int, **drawing: Any
 ) -> tuple[Ints, Ints | None, dict[str, Any]]:
     """The lengths, the lines they stand in, and where they come from."""
     from cli.sequence_files import load_lengths
@@ -149,134 +210,5 @@ def _lengths(
         raise InputError("drawn lengths need --seq, the longest allowed; or give --lengths FILE")
     name = drawing["corpus"] or CORPUS
     drawn, num = lengths(name), whole(drawing["batch"] or BATCH, "--global-batch")
-    held = drawn.sample(
-        num, limit=limit, seed=drawing["seed"] or 0, multiple=2 * system.num_accelerators
-    )
+    held = drawn.sample(num, limit=limit, seed=drawing["seed"] or 0, multiple=multiple)
     return held, None, {"corpus": name, "source": drawn.source}
-
-
-def _document(
-    cfg: TransformerConfig, system: Cluster, held: Ints, about: dict[str, Any],
-    limit: int | None, cost: GroupCost, step: StepPlan,
-) -> dict[str, Any]:  # fmt: skip
-    """The whole answer."""
-    from cli.sequence_answers import micro_batches
-    from simulator.planners.sequence_groups import best_homogeneous
-
-    allowed, ranks = limit or int(held.max()), system.num_accelerators
-    single = best_homogeneous(held, cost, ranks)
-    return {
-        "model": cfg.name, "cluster": system.id, "num_accelerators": ranks, **about,
-        "max_seq": allowed, "num_sequences": len(held), "num_tokens": int(held.sum()),
-        "longest": int(held.max()), "rung": RUNG, "rank_tokens": cost.rank_tokens,
-        "recomputed_frac": cost.recomputed_frac, "seconds": step.seconds, "lower_s": step.lower_s,
-        "gap_frac": step.gap_frac, "best_homogeneous_s": single.seconds,
-        "gain_over_homogeneous": single.seconds / step.seconds,
-        "steps": _rows(cfg, system, held, allowed, cost, step, single),
-        "micro_batches": micro_batches(step, held, cost),
-    }  # fmt: skip
-
-
-def _rows(
-    cfg: TransformerConfig, system: Cluster, held: Ints, limit: int, cost: GroupCost,
-    step: StepPlan, single: StepPlan,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Seconds of a step by system, each beside the static one of its kind."""
-    from simulator.planners.hybrid_data import (
-        hybrid_step,
-        least_ring,
-        predicted_ring_cost,
-        static_step,
-    )
-    from simulator.planners.sequence_groups import homogeneous_step
-
-    ranks = system.num_accelerators
-    degree = cost.least_degree(limit)
-    groups = {
-        f"Ulysses groups of {degree}": homogeneous_step(held, cost, ranks, degree).seconds,
-        "best single size (FlexSP-BatchAda)": single.seconds,
-        "mixed groups (FlexSP)": step.seconds,
-    }
-    room = int(cost.rank_tokens)
-    ring = next((r for r in range(least_ring(limit, room), ranks) if ranks % r == 0), ranks)
-    own = predicted_ring_cost(cfg, on=system, host_bytes=HOST_BYTES)
-    given: dict[str, Any] = {"num_ranks": ranks, "rank_tokens": room}
-    rings = {
-        f"rings of {ring}": static_step(held, own, degree=ring, **given).seconds,
-        "hybrid data parallel, as they come": hybrid_step(
-            held, own, balance=False, offload=False, **given
-        ).seconds,
-        "hybrid data parallel, balanced (ByteScale)": hybrid_step(held, own, **given).seconds,
-    }
-    return [
-        {"system": name, "seconds": seconds, "speedup": next(iter(kind.values())) / seconds}
-        for kind in (groups, rings)
-        for name, seconds in kind.items()
-    ]
-
-
-def _headline(document: dict[str, Any]) -> str:
-    return (
-        f"{document['model']}, {document['num_sequences']} sequences of "
-        f"{document['corpus'] or document['source']} "
-        f"({count_text(document['num_tokens'])} tokens, the longest "
-        f"{count_text(document['longest'])}) on {document['num_accelerators']} accelerators of "
-        f"{document['cluster']}"
-    )
-
-
-def _proof(document: dict[str, Any]) -> str:
-    return (
-        f"Mixed groups take {seconds_text(document['seconds'])}, "
-        f"{digits(document['gain_over_homogeneous'], 2)} x as fast as the best single size; no "
-        f"grouping of these micro-batches takes less than {seconds_text(document['lower_s'])} "
-        f"(gap {percent_text(document['gap_frac'])})"
-    )
-
-
-def _show(document: dict[str, Any]) -> None:
-    out = show.console()
-    out.print(_headline(document), style="bold")
-    table = show.table("a step with", "time", "speedup", right=("time", "speedup"))
-    for row in document["steps"]:
-        speedup = f"{digits(row['speedup'], 2)} x"
-        table.add_row(row["system"], seconds_text(row["seconds"]), speedup)
-    out.print(table)
-    right = ("sequences", "tokens", "time", "proven", "gap")
-    table = show.table("groups (ranks x how many)", *right, right=right)
-    batches = document["micro_batches"]
-    for batch in batches[:MOST_SHOWN]:
-        table.add_row(
-            batch["shape"].strip("<>").replace(",", " "), str(batch["num_sequences"]),
-            count_text(batch["num_tokens"]), seconds_text(batch["seconds"]),
-            seconds_text(batch["lower_s"]), percent_text(batch["gap_frac"]),
-        )  # fmt: skip
-    out.print(table)
-    if len(batches) > MOST_SHOWN:
-        out.print(f"... and {len(batches) - MOST_SHOWN} more micro-batches (--json has them all)")
-    out.print(_proof(document) + ".")
-    out.print(f"Rung: {document['rung']}. Lengths: {document['source']}.")
-
-
-def _explained(step: StepPlan, cost: GroupCost, num_ranks: int) -> str:
-    """The program of the slowest micro-batch at its plan's makespan, with a solution."""
-    from simulator.planners import program_text
-    from simulator.planners.group_program import program_at
-    from simulator.planners.program import solve
-
-    held, plan = max(step.micro_batches, key=lambda one: one[1].seconds)
-    program = program_at(held, cost, num_ranks, plan.seconds, num_classes=EXPLAINED_CLASSES)
-    note = (
-        f"\nThe slowest micro-batch ({plan}) in {EXPLAINED_CLASSES} length classes: the fewest "
-        "ranks whose groups end by the plan's time. More than there are prove a time too short.\n"
-    )
-    return note + program_text.text(program, solve(program, time_limit_s=2.0))
-
-
-def _draw(document: dict[str, Any], pictures: list[Path]) -> None:
-    from cli.charts.groups import figure
-    from cli.charts.picture import rendered
-    from cli.files import write_all
-
-    drawn = figure(document, title=_headline(document), subtitle=_proof(document))
-    write_all({path: rendered(drawn, path.suffix) for path in pictures})

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from cli.commands.plan_memory import Explain, Lp
+from cli.commands.plan_memory import Explain, Gap, Lp, TimeLimit
 from cli.options import AsJson, Html, Out, Params
-from cli.quantity import shown
+from cli.quantity import parse, shown
 from hwmodels.errors import InputError, UnknownNameError
 
 FLASH_RNN: Final = "flash_rnn"
@@ -24,6 +24,8 @@ def plan_tiles(
         str, typer.Option("--device", "-d", metavar="NAME", help="A device, or a TOML file.")
     ],
     params: Params = None,
+    time_limit: TimeLimit = "10s",
+    gap: Gap = "0%",
     explain: Explain = False,
     lp: Lp = None,
     html: Html = None,
@@ -34,7 +36,8 @@ def plan_tiles(
 
     An integer program (tiles in whole matrix instructions, stages, blocks per SM, within registers,
     shared and tensor memory), listed whole, with modelled seconds as its objective. And what one
-    more KiB of shared memory would be worth. flash_rnn: FlashRNN's own program.
+    more KiB of shared memory would be worth. --time-limit and --gap end the listing early: then
+    the best so far is "feasible", with a bound. flash_rnn: FlashRNN's own program, always whole.
 
     \b
     Examples:
@@ -50,6 +53,12 @@ def plan_tiles(
     check_writable([*pictures, *([lp] if lp else [])])
     if lp is not None and lp.suffix.lower() not in (".lp", ".mps"):
         raise InputError(f"--lp {shown(lp, 200)} has no known format; end it in .lp or .mps")
+    limits: dict[str, Any] = {
+        "time_limit_s": parse(time_limit, "s", "--time-limit"),
+        "gap_frac": parse(gap, "frac", "--gap"),
+    }
+    if not limits["time_limit_s"] > 0:
+        raise InputError(f"--time-limit = '{shown(time_limit)}' must be above 0 s; give 10s")
     on = catalog.device(device)
     if name == FLASH_RNN:
         if pictures or lp is not None:
@@ -57,7 +66,10 @@ def plan_tiles(
                              "--html, --out and --lp")  # fmt: skip
         _rnn(params or [], on, explain=explain, as_json=as_json)
     else:
-        _tiles(name, params or [], on, pictures=pictures, lp=lp, explain=explain, as_json=as_json)
+        _tiles(
+            name, params or [], on, limits, pictures=pictures, lp=lp, explain=explain,
+            as_json=as_json,
+        )  # fmt: skip
 
 
 def _rnn(params: list[str], on: Any, *, explain: bool, as_json: bool) -> None:
@@ -75,8 +87,8 @@ def _rnn(params: list[str], on: Any, *, explain: bool, as_json: bool) -> None:
 
 
 def _tiles(
-    name: str, params: list[str], on: Any, *, pictures: list[Path], lp: Path | None,
-    explain: bool, as_json: bool,
+    name: str, params: list[str], on: Any, limits: dict[str, Any], *, pictures: list[Path],
+    lp: Path | None, explain: bool, as_json: bool,
 ) -> None:  # fmt: skip
     from cli import show
     from cli.progress import patience
@@ -91,7 +103,7 @@ def _tiles(
     op = ops_asked([resolved], params)[resolved]
     assert isinstance(op, Tiled)
     with patience("listing kernels"):
-        plan = plan_tiles(op, on=on)
+        plan = plan_tiles(op, on=on, **limits)
         _write(plan, pictures, lp)
     words = explained(plan) if explain else None
     if as_json:
@@ -100,8 +112,7 @@ def _tiles(
     show_plan(plan)
     if words is not None:
         print(f"\n{words}")
-    for path in (*pictures, *([lp] if lp else [])):
-        print(f"wrote {path}")
+    show.wrote([*pictures, *([lp] if lp else [])])
 
 
 def _write(plan: Any, pictures: list[Path], lp: Path | None) -> None:

@@ -82,8 +82,7 @@ def roofline(
         _show(panels, swept)
         if left_out:
             show.console().print(left_out_text(left_out, family))
-        for path in contents:
-            print(f"wrote {path}")
+        show.wrote(contents)
 
 
 def _print_json(

@@ -77,8 +77,7 @@ def scaling(
         show.print_json(_document(series, swept, crossings, left_out))
         return
     _show(series, swept, crossings, left_out_text(left_out, family))
-    for path in contents:
-        print(f"wrote {path}")
+    show.wrote(contents)
 
 
 def _asked(

@@ -205,6 +205,12 @@ def _notes(found: ServingEstimate) -> list[str]:
             "The prompts in flight exceed one pass: where requests arrive together, first tokens "
             "wait for others' prompts, too."
         )
+    mixer = found.served.config.mixer
+    if mixer is not None:
+        notes.append(
+            f"No published figure of a model with {mixer.label} layers is among those compared; "
+            f"the states of a request take {capacity_text(found.memory.state_bytes)} of a device."
+        )
     untried = [name for name, used in
                (("pipeline stages", split.pp > 1), ("eager decoding", not load.graphs)) if used
                ]  # fmt: skip

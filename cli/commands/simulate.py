@@ -13,6 +13,7 @@ from cli.commands.plan import (
     GlobalBatch,
     Model,
     Nodes,
+    OrderName,
     RecipeName,
     Seq,
     SplitNames,
@@ -21,10 +22,10 @@ from cli.options import AsJson, Html, Out
 from cli.plans import (
     framework_on,
     half_80_of,
-    pins_given,
     question_of,
     splits_asked,
     whole,
+    with_order,
 )
 from cli.quantity import parse
 
@@ -93,6 +94,7 @@ def simulate(
     stages: Stages = None,
     recipe: RecipeName = "bf16",
     sequence_parallel: SplitNames = None,
+    order: OrderName = "auto",
     data_loading: DataLoading = "0s",
     html: Html = None,
     out: Out = None,
@@ -129,7 +131,8 @@ def simulate(
         "train", load_model(model), whole(seq, "--seq"), whole(global_batch, "--global-batch")
     )
     framework, counts = framework_on(stack, system, chosen, question.config), stages_given(stages)
-    pins = pinned_stages(pins_given(param or []), counts, question.config.num_layers)
+    pins = with_order(param, order)
+    pins = pinned_stages(pins, counts, question.config.num_layers)
     with patience("simulating"):
         plan = _plan(
             question, system, chosen, pins, framework, splits_asked(sequence_parallel or [])
@@ -141,8 +144,7 @@ def simulate(
         show.print_json(record(answer))
         return
     print_screen(answer)
-    for path in contents:
-        print(f"wrote {path}")
+    show.wrote(contents)
 
 
 def _files(answer: Simulated, pictures: list[Path], trace: Path | None) -> dict[Path, bytes]:

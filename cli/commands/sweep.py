@@ -89,8 +89,7 @@ def sweep(
         show.print_json(_document(series, swept, crossings))
     else:
         _show(series, swept, crossings)
-        for path in contents:
-            print(f"wrote {path}")
+        show.wrote(contents)
 
 
 def _pictures(html: Path | None, out: Path | None) -> list[Path]:

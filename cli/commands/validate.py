@@ -157,9 +157,11 @@ def _compare_whole(readings: Readings, calibrations: Sequence[Calibration] | Non
 
 
 def _read(path: Path, family: str | None, targets: Mapping[str, str]) -> Readings:
-    from cli.readings import read_all, unknown_gpu_hint
+    from cli.readings import read_all, record_readings, unknown_gpu_hint
+    from validate.record_files import holds_records
 
-    readings = read_all(path, family, targets)
+    read = record_readings if holds_records(path) else read_all
+    readings = read(path, family, targets)
     hint = unknown_gpu_hint(readings.refused)
     if hint:
         print(f"ridgeplan: hint: {hint}", file=sys.stderr)

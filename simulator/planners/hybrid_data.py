@@ -170,7 +170,7 @@ def static_step(
         raise InfeasibleError(f"{held.max()} tokens do not fit {degree} ranks of {rank_tokens}")
     packs = [pack for pack in _in_order(held, int(fill_frac * room)) if len(pack)]
     passed = room if fill_frac < 1 else None
-    units = [_unit(held, pack, degree, cost, passed=passed) for pack in packs]
+    units = [unit_of(held, pack, degree, cost, passed=passed) for pack in packs]
     return _scheduled(units, cost, num_ranks, BALANCED if len(units) < 2 else NAIVE)
 
 
@@ -211,9 +211,9 @@ def _hybrid(
 ) -> Schedule:
     long = np.flatnonzero(held > rank_tokens)
     short = np.flatnonzero(held <= rank_tokens)
-    units = [_unit(held, np.array([k]), int(degrees[k]), cost) for k in long]
+    units = [unit_of(held, np.array([k]), int(degrees[k]), cost) for k in long]
     packs = best_fit(held[short], rank_tokens) if len(short) else []
-    units += [_unit(held, short[p], 1, cost) for p in packs]
+    units += [unit_of(held, short[p], 1, cost) for p in packs]
     if not balance:
         units.sort(key=lambda u: int(u.members.min()))
     return _scheduled(units, cost, num_ranks, BALANCED if balance else NAIVE)
@@ -224,7 +224,7 @@ def _checked(held: Ints, num_ranks: int, rank_tokens: int) -> None:
         raise InputError("give at least one rank of one token, and sequences of at least one token")
 
 
-def _unit(
+def unit_of(
     held: Ints, members: Ints, degree: int, cost: RingCost, passed: float | None = None
 ) -> Unit:
     """A unit, with the tokens that it passes round where those are not its own."""
@@ -294,7 +294,7 @@ def predicted_ring_cost(
         inside_bytes_per_s=on.levels[0].bytes_per_s,
         outside_bytes_per_s=PORT_FRAC * on.levels[-1].bytes_per_s,
         host_bytes_per_s=host or 1.0,
-        host_bytes=host_bytes if host else 1.0,
+        host_bytes=host_bytes if host and host_bytes else 1.0,
     )
 
 

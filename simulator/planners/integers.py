@@ -7,7 +7,7 @@ A program is an ordered set of variables x_v in D_v and named constraints over p
 `solve` joins the domains variable by variable and drops every combination as soon as a constraint
 knows all its variables: what remains is every solution, and nothing remaining is a proof that there
 is none. `binding` names the constraints without which there would be one. `solve_milp` gives the
-same question to HiGHS, with a choice y_(v,d) in {0, 1} for every value and z_(S,c) >= 0 for every
+same question to a solver: a choice y_(v,d) in {0, 1} for every value and z_(S,c) >= 0 for every
 combination c of the variables S of a constraint that this constraint allows:
 
     sum_d y_(v,d) = 1,     sum_(c in S: c_v = d) z_(S,c) = y_(v,d)
@@ -15,7 +15,7 @@ combination c of the variables S of a constraint that this constraint allows:
 Source: the grammar of ConstrINT (arXiv 2412.07752, section 4; flashrnn/autotune/constrint.py of
 NX-AI/flashrnn), which propagates ranges and divisors instead and may leave a question open.
 
-    Implemented in: `solve`, `binding`, `solve_milp`.
+    Implemented in: `solve`, `binding`, `milp_of`, `solve_milp`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwmodels.errors import InputError
+from simulator.planners import program as seam
 
 Ints: TypeAlias = NDArray[np.int64]
 Table: TypeAlias = dict[str, Ints]
@@ -40,8 +41,6 @@ LARGEST, SMALLEST = -1, 1
 """Which value of a variable is taken first."""
 CHUNK_ROWS: Final = 2**20
 """Combinations looked at together."""
-MILP_OPTIMAL, MILP_INFEASIBLE = 0, 2
-"""`scipy.optimize.milp`'s words."""
 MOST_ROWS: Final = 2**23
 """Combinations kept: beyond, a program is not one of these small ones."""
 
@@ -199,79 +198,63 @@ def _ordered(table: Table, program: Program) -> Table:
 
 
 def solve_milp(program: Program, *, time_limit_s: float = 60.0) -> dict[str, int] | None:
-    """One solution by HiGHS, None where it proves that there is none.
+    """One solution by the solver seam (`planners.program`), None where it proves there is none.
 
     Constraints may use few variables only: all combinations they allow are columns.
     """
-    from scipy.optimize import Bounds, LinearConstraint, milp  # slow to import, seldom needed
-
-    rows = _Rows.of(program)
-    if rows is None:
+    built = milp_of(program)
+    if built is None:
         return None
-    matrix, right = rows.system()
-    is_choice = np.arange(rows.num_columns) < len(rows.choices)
-    found = milp(
-        np.zeros(rows.num_columns),
-        integrality=is_choice.astype(int),
-        bounds=Bounds(0, 1),
-        constraints=LinearConstraint(matrix, right, right),
-        options={"time_limit": time_limit_s},
-    )
-    if found.status == MILP_INFEASIBLE:
+    question, choices = built
+    found = seam.solve(question, time_limit_s=time_limit_s, explain=False)
+    if found.status == seam.INFEASIBLE:
         return None
-    if found.status != MILP_OPTIMAL:
-        raise InputError(f"HiGHS stopped undecided ({found.message}); raise time_limit_s")
-    return {name: value for (name, value), i in rows.choices.items() if found.x[i] > 0.5}
+    if not found.has_point:
+        raise InputError(f"no solution and no proof ({found.reason}); raise time_limit_s")
+    return {name: value for (name, value), y in choices.items() if found.values[y] > 0.5}
 
 
-@dataclass(slots=True)
-class _Rows:
-    """The equations of `solve_milp`: columns of y first, then those of z."""
+def milp_of(program: Program) -> tuple[seam.Program, dict[tuple[str, int], str]] | None:
+    """The rows of `solve_milp`, and the names of y; None where a constraint allows nothing."""
+    domains = _narrowed(program)
+    if not all(domains.values()):
+        return None
+    choices = {(n, v): f"y[{n},{v}]" for n, domain in domains.items() for v in domain}
+    variables = [seam.Variable(y, upper=1.0, whole=True) for y in choices.values()]
+    rows = [
+        seam.Row(f"one {name}", {choices[name, v]: 1.0 for v in domain}, seam.EQUAL, 1.0)
+        for name, domain in domains.items()
+    ]
+    for number, constraint in enumerate(program.constraints):
+        table = _allowed(constraint, domains)
+        columns = [f"z[{number},{i}]" for i in range(_rows(table))]
+        if not columns:
+            return None
+        variables += [seam.Variable(z, upper=1.0) for z in columns]
+        rows += _ties(f"{number} {constraint.name}", table, columns, domains, choices)
+    return seam.Program(
+        name="integer constraints", variables=tuple(variables), rows=tuple(rows), objective={}
+    ), choices
 
-    choices: dict[tuple[str, int], int]
-    num_columns: int
-    entries: list[tuple[int, int, float]]
-    right: list[float]
 
-    @staticmethod
-    def of(program: Program) -> _Rows | None:
-        """All equations; None where a constraint allows nothing at all."""
-        domains = _narrowed(program)
-        names = [(name, value) for name, domain in domains.items() for value in domain]
-        choices = {key: i for i, key in enumerate(names)}
-        rows = _Rows(choices=choices, num_columns=len(choices), entries=[], right=[])
-        for name, domain in domains.items():
-            rows.add({choices[name, value]: 1.0 for value in domain}, 1.0)
-        for constraint in program.constraints:
-            if not rows.tie(constraint, domains):
-                return None
-        return rows if all(domains.values()) else None
+def _allowed(constraint: Constraint, domains: Mapping[str, Sequence[int]]) -> Table:
+    """The combinations of its variables that a constraint allows."""
+    table: Table = {}
+    for name in dict.fromkeys(constraint.uses):
+        table = _joined(table, name, np.asarray(domains[name], dtype=np.int64), ())
+    return _filtered(table, [constraint])
 
-    def add(self, terms: Mapping[int, float], right: float) -> None:
-        """One equation."""
-        self.entries += [(len(self.right), column, value) for column, value in terms.items()]
-        self.right.append(right)
 
-    def tie(self, constraint: Constraint, domains: Mapping[str, Sequence[int]]) -> bool:
-        """Columns for what a constraint allows, tied to the choices of its variables."""
-        table: Table = {}
-        for name in dict.fromkeys(constraint.uses):
-            table = _joined(table, name, np.asarray(domains[name], dtype=np.int64), ())
-        table = _filtered(table, [constraint])
-        start, self.num_columns = self.num_columns, self.num_columns + _rows(table)
-        for name, column in table.items():
-            for value in domains[name]:
-                here = start + np.flatnonzero(column == value)
-                self.add({**dict.fromkeys(here.tolist(), 1.0), self.choices[name, value]: -1.0}, 0)
-        return _rows(table) > 0
-
-    def system(self) -> tuple[Any, NDArray[np.float64]]:
-        """The sparse matrix and the right-hand side."""
-        from scipy.sparse import csr_array
-
-        row, column, value = (np.asarray(part) for part in zip(*self.entries, strict=True))
-        shape = (len(self.right), self.num_columns)
-        return csr_array((value, (row, column)), shape=shape), np.asarray(self.right)
+def _ties(
+    label: str, table: Table, columns: Sequence[str], domains: Mapping[str, Sequence[int]],
+    choices: Mapping[tuple[str, int], str],
+) -> Iterator[seam.Row]:  # fmt: skip
+    """sum of z over the combinations with a value = y of that value."""
+    for name, column in table.items():
+        for value in domains[name]:
+            terms = {columns[i]: 1.0 for i in np.flatnonzero(column == value).tolist()}
+            terms[choices[name, value]] = -1.0
+            yield seam.Row(f"{label}: {name} = {value}", terms, seam.EQUAL, 0.0)
 
 
 def _narrowed(program: Program) -> dict[str, list[int]]:

@@ -34,11 +34,31 @@ from workloads.plan import Plan, Recompute
 TRANSIENT: Final = "transient"
 BUFFER: Final = "swap buffer"
 INPUT: Final = "attention_norm.input"
-BLOCKS: Final = {"attention.output": "attention", "mlp.down.input": "mlp", "experts.output": "mlp"}
+BLOCKS: Final = {
+    "attention.output": "attention", "mixer.output": "attention", "mlp.down.input": "mlp",
+    "experts.output": "mlp",
+}  # fmt: skip
 """The kept tensor after which each block makes its output."""
 
 TOGETHER: Final = ("q", "k", "v")
 """Attention's backward makes these gradients at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One pipeline stage: its first layer, whether it has the ends, and what else is in flight.
+
+    `others` are the micro-batches beside the one whose passes are followed: without swapping the
+    stage holds what they keep throughout.
+    """
+
+    first_layer: int = 0
+    has_embedding: bool = True
+    has_head: bool = True
+    others: float = 0.0
+
+
+WHOLE: Final = Part()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,33 +70,41 @@ class Requests:
 
 
 def step_requests(
-    step: TrainStep, *, plan: Plan, num_layers: int, dtype: DType = BF16, swap: bool = False
-) -> Requests:
+    step: TrainStep, *, plan: Plan, num_layers: int, dtype: DType = BF16, swap: bool = False,
+    part: Part = WHOLE,
+) -> Requests:  # fmt: skip
     """One micro-batch forward and backward over `num_layers` layers of one rank."""
     if num_layers < 1:
         raise InputError(f"{num_layers} layers; give at least one")
-    run = _Run(step, plan, num_layers, dtype, swap)
+    run = _Run(step, plan, num_layers, dtype, swap, part.first_layer)
     trace, passes = Trace(), []
     ends = ends_bytes(step.config, batch=plan.micro_batch, len_seq=step.len_seq, plan=plan,
                       dtype=dtype)  # fmt: skip
     if swap:
         for side in range(min(2, num_layers)):
             trace.allocate(("buffer", side), run.layer_bytes(), kind=BUFFER)
-    trace.allocate("embedding", float(ends.embedding), kind=ENDS)
+    if part.others and not swap:
+        trace.allocate("other micro-batches", part.others * run.kept_bytes(), kind=KEPT)
+    if part.has_embedding:
+        trace.allocate("embedding", float(ends.embedding), kind=ENDS)
     for layer in range(num_layers):
         start = len(trace.events)
         run.forward(trace, layer)
         passes.append((start, len(trace.events)))
-    trace.allocate("head", float(ends.head), kind=ENDS)
+    if part.has_head:
+        trace.allocate("head", float(ends.head), kind=ENDS)
     trace.allocate(("gradient", num_layers), run.hidden, kind=FLOWING)
-    trace.free("head")
+    if part.has_head:
+        trace.free("head")
     if ("hidden", num_layers - 1) in run.open:
         trace.free(("hidden", num_layers - 1))
     for layer in reversed(range(num_layers)):
         start = len(trace.events)
         run.backward(trace, layer)
         passes.append((start, len(trace.events)))
-    trace.free(("gradient", 0), "embedding")
+    trace.free(("gradient", 0), *(["embedding"] if part.has_embedding else []))
+    if part.others and not swap:
+        trace.free("other micro-batches")
     return Requests(timeline=trace.timeline(), passes=tuple(passes))
 
 
@@ -84,10 +112,11 @@ class _Run:
     """The passes of one rank; `open` are the hidden states between layers that nothing keeps."""
 
     def __init__(
-        self, step: TrainStep, plan: Plan, num_layers: int, dtype: DType, swap: bool
-    ) -> None:
+        self, step: TrainStep, plan: Plan, num_layers: int, dtype: DType, swap: bool,
+        first_layer: int = 0,
+    ) -> None:  # fmt: skip
         self.step, self.plan, self.num_layers = step, plan, num_layers
-        self.dtype, self.swap = dtype, swap
+        self.dtype, self.swap, self.first_layer = dtype, swap, first_layer
         self.tokens = float(ceil_div(plan.micro_batch * step.len_seq, plan.cp))
         self.rows = float(ceil_div(self.tokens, plan.tp))
         self.hidden = self.rows * step.config.hidden_dim * dtype.bytes_per_element
@@ -95,8 +124,7 @@ class _Run:
 
     def saved(self, layer: int) -> list[tuple[SavedTensor, float]]:
         """A layer's kept tensors with their bytes."""
-        moe = self.step.config.moe
-        kind = "moe" if moe is not None and layer in moe.layers else "dense"
+        kind = self.step.config.kind_of(self.first_layer + layer)
         return [
             (one, float(one.bytes_per_token) * (self.rows if one.by_sequence else self.tokens))
             for one in saved_tensors(
@@ -108,6 +136,15 @@ class _Run:
     def layer_bytes(self) -> float:
         """The largest layer's kept tensors."""
         return max(sum(size for _, size in self.saved(k)) for k in range(self.num_layers))
+
+    def kept_bytes(self) -> float:
+        """What all layers keep of one micro-batch between its passes."""
+        return sum(
+            size
+            for layer in range(self.num_layers)
+            for one, size in self.saved(layer)
+            if not self.drops(one)
+        )
 
     def drops(self, one: SavedTensor) -> bool:
         """Is the tensor dropped after the forward pass and made again?"""

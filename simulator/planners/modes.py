@@ -18,8 +18,12 @@ slows kernels by its share of the memory bandwidth: 2 host_j / bandwidth are par
 is what one layer needs at once beyond what is kept: the layer that is being redone, or the buffers
 of the layer on its way out and of the one coming back.
 
+With many layers of several kinds the ways to give them modes multiply. Then the ways of all kinds
+but one are met with those of the last one by one, both in the order of time: of each the first that
+fits beside it is the best, and no later one is looked at once its time alone is too long.
+
     Implemented in: `best_modes` (the three rows, exact by enumeration in the order of time),
-    `undominated` (modes that can never be of use).
+    `_met` (the same, kinds met in pairs), `undominated` (modes that can never be of use).
 """
 
 from __future__ import annotations
@@ -36,7 +40,9 @@ from hwmodels.errors import UnsupportedError
 from workloads.numeric import Array
 
 MOST_COMPOSITIONS: Final = 2**21
-"""Ways to give a stage's layers their modes that are looked at together."""
+"""Ways to give layers their modes that are held at once."""
+MOST_TOGETHER: Final = 2**12
+"""Ways to give a stage's layers their modes that are put in one order; more are met in pairs."""
 BUDGET_SLACK: Final = 1e-12
 """Relative rounding that a full memory may exceed its budget by."""
 
@@ -140,6 +146,8 @@ def best_modes(
     fits &= fastest.host[0] == 0
     if fits.all():
         return _picked(fastest, np.zeros(len(in_flight), dtype=np.int64), fits)
+    if len(kinds) > 1 and _num_ways(kinds, layers) > MOST_TOGETHER:
+        return _met(kinds, layers, in_flight, _room(free_bytes, limits), limits)
     ways = _ways(kinds, layers)
     picks, found = np.zeros(len(in_flight), dtype=np.int64), np.zeros(len(in_flight), dtype=bool)
     forward_s = sum(k.forward_s * n for k, n in zip(kinds, layers, strict=True))
@@ -178,11 +186,61 @@ def _all_in(kinds: Sequence[LayerKind], layers: Sequence[int], mode: int) -> _Wa
     return _weighed(kinds, counts)
 
 
+def _num_ways(kinds: Sequence[LayerKind], layers: Sequence[int]) -> int:
+    """How many compositions there are."""
+    return math.prod(
+        math.comb(number + len(kind.modes) - 1, len(kind.modes) - 1)
+        for kind, number in zip(kinds, layers, strict=True)
+    )
+
+
+def _met(
+    kinds: Sequence[LayerKind],
+    layers: Sequence[int],
+    in_flight: Array,
+    rooms: Array,
+    limits: Limits,
+) -> Chosen:
+    """The fastest of all kinds' compositions without a list of them; see the module's text."""
+    first, last = _ways(kinds[:-1], layers[:-1]), _ways(kinds[-1:], layers[-1:])
+    forward_s = sum(k.forward_s * n for k, n in zip(kinds, layers, strict=True))
+    link = limits.host_bytes_per_s * forward_s * (1 + BUDGET_SLACK)
+    pairs = [
+        _first_pair(first, last, float(f), float(room), link, limits)
+        for f, room in zip(in_flight, rooms, strict=True)
+    ]
+    rows = [0 if p is None else p[0] for p in pairs], [0 if p is None else p[1] for p in pairs]
+    both = _weighed(kinds, [*(c[rows[0]] for c in first.counts), last.counts[0][rows[1]]])
+    return _picked(both, np.arange(len(pairs)), np.array([p is not None for p in pairs]))
+
+
+def _first_pair(
+    first: _Ways, last: _Ways, in_flight: float, room: float, link: float, limits: Limits
+) -> tuple[int, int] | None:
+    """Rows of both lists that fit together in the least time; of equal ones, that keep least."""
+    swapped = len(first.seconds) > len(last.seconds)
+    outer, inner = (last, first) if swapped else (first, last)
+    host_most = limits.host_bytes * (1 + BUDGET_SLACK)
+    best: tuple[float, float] = (math.inf, math.inf)
+    found: tuple[int, int] | None = None
+    for i, own_s in enumerate(outer.seconds.tolist()):
+        end = int(np.searchsorted(inner.seconds, best[0] - own_s + BUDGET_SLACK * own_s, "right"))
+        if not end:
+            break
+        kept, host = outer.kept[i] + inner.kept[:end], outer.host[i] + inner.host[:end]
+        good = in_flight * kept + np.maximum(outer.working[i], inner.working[:end]) <= room
+        good &= (host <= link) & (in_flight * host <= host_most)
+        at = int(good.argmax())
+        if good[at]:
+            told = float(own_s + inner.seconds[at]), float(kept[at])
+            if told < best:
+                best, found = told, (at, i) if swapped else (i, at)
+    return found
+
+
 def _ways(kinds: Sequence[LayerKind], layers: Sequence[int]) -> _Ways:
     """All compositions in the order of their time, then of what they keep."""
-    total = 1
-    for kind, number in zip(kinds, layers, strict=True):
-        total *= math.comb(number + len(kind.modes) - 1, len(kind.modes) - 1)
+    total = _num_ways(kinds, layers)
     if total > MOST_COMPOSITIONS:
         raise UnsupportedError(
             f"{total:,} ways to give {sum(layers)} layers of a stage their modes; allow fewer "

@@ -11,13 +11,14 @@ Space: all (dp, tp, pp, cp, ep, etp, micro-batch, interleave, recompute, ZeRO st
     training: dp micro-batch | global batch (m is whole), micro-batch <= 16                (6)
     serving: dp pp | batch, one slot of sequences per replica and stage; v = 1, ZeRO 0     (7)
     ZeRO 2 and 3 only without a pipeline: a stage would exchange for every micro-batch     (8)
+    the order of the axes over the links: every useful one that differs (`axis_orders`)    (9)
 
 minimise the step's seconds subject to total bytes <= budget. The space is enumerated, so its best
 is proven and `gap_frac` is 0. Ties go to the plan with the smaller `upper_s`, then to the simpler
 one. Selective recomputation drops attention scores, which fused attention never stores: it is not
 searched.
 
-    Implemented in: `meshes` (1, 2, 4, 5), `_schedules` (3, 6, 8), `_slots` (7),
+    Implemented in: `meshes` (1, 2, 4, 5), `_schedules` (3, 6, 8), `_slots` (7), `narrowed` (4, 9),
     `plan_parallelism` (objective and budget).
 """
 
@@ -37,6 +38,7 @@ from hwmodels.errors import InfeasibleError, InputError
 from simulator.inference import inference_step
 from simulator.memory import MemoryEstimate, inference_memory, training_memory
 from simulator.pieces import StepEstimate
+from simulator.planners.axis_orders import with_orders
 from simulator.planners.pin_rules import check_pins
 from simulator.planners.sequence_splits import ANY, Splits, pinned_splits, with_splits
 from simulator.recipe import RECIPES, Recipe, require_wide
@@ -214,12 +216,12 @@ def plan_space(step: Step, *, on: Cluster) -> Plan:
 def meshes(cfg: TransformerConfig, *, on: Cluster, len_new: int) -> Iterator[Mesh]:
     """(dp, tp, pp, cp, ep, etp) with dp tp pp cp = the cluster's accelerators."""
     total = on.num_accelerators
-    inner = math.gcd(int(min(on.levels[0].size, total)), cfg.attention.num_heads)
+    inner = math.gcd(int(min(on.levels[0].size, total)), cfg.split_parts)
     num_experts = cfg.moe.num_experts if cfg.moe else 1
     for tp in (t for t in divisors(total) if inner % t == 0):
         for pp in (p for p in divisors(total // tp) if p <= cfg.num_layers):
             for cp in (c for c in divisors(total // (tp * pp)) if _power_of_two(c)):
-                if cp > 1 and len_new % (2 * cp):
+                if cp > 1 and (len_new % (2 * cp) or cfg.mixer is not None):
                     continue
                 dp = total // (tp * pp * cp)
                 for ep in divisors(math.gcd(num_experts, dp * cp)):
@@ -275,7 +277,7 @@ def select(plans: Plan, index: NDArray[np.intp]) -> Plan:
 def _asked(step: Step, on: Cluster, pins: Mapping[str, int], splits: Splits) -> Plan:
     """The plans of the space that have the pinned values, their sequences split as asked."""
     check_against_rules(pins, step, on, even=True)
-    return narrowed(plan_space(step, on=on), step, pins, splits)
+    return narrowed(plan_space(step, on=on), step, pins, splits, on=on)
 
 
 def check_against_rules(pins: Mapping[str, int], step: Step, on: Cluster, *, even: bool) -> None:
@@ -290,14 +292,19 @@ def check_against_rules(pins: Mapping[str, int], step: Step, on: Cluster, *, eve
     )  # fmt: skip
 
 
-def narrowed(space: Plan, step: Step, pins: Mapping[str, int], splits: Splits) -> Plan:
-    """Those of the plans that have the pinned values, their sequences split as asked."""
+def narrowed(
+    space: Plan, step: Step, pins: Mapping[str, int], splits: Splits, *, on: Cluster
+) -> Plan:
+    """Those of the plans that have the pinned values, their sequences split as asked, in every
+    useful order of the axes or the one pinned.
+    """
     late = {k: v for k, v in pins.items() if k in ("sequence", "ulysses")}
-    early = {k: v for k, v in pins.items() if k not in late}
+    early = {k: v for k, v in pins.items() if k not in late and k != "order"}
     base = _pinned(space, early)
     len_new = int(step.len_seq if isinstance(step, TrainStep) else step.len_new)
     chosen = pinned_splits(late, splits)
-    return _pinned(with_splits(base, chosen, cfg=step.config, len_seq=len_new), late)
+    split = _pinned(with_splits(base, chosen, cfg=step.config, len_seq=len_new), late)
+    return with_orders(split, on=on, cfg=step.config, order=pins.get("order"))
 
 
 def _pinned(plans: Plan, pins: Mapping[str, int]) -> Plan:
@@ -315,7 +322,7 @@ def _ranked(
     plans: Plan, seconds: NDArray[np.float64], upper_s: NDArray[np.float64]
 ) -> NDArray[np.intp]:
     """Fastest first; equal to a part in 1e9, the smaller upper bound, then the simpler plan."""
-    simpler = (plans.interleave, plans.ep, plans.etp, plans.cp, plans.pp, plans.tp)
+    simpler = (plans.order, plans.interleave, plans.ep, plans.etp, plans.cp, plans.pp, plans.tp)
     leaner = (plans.zero_stage, plans.recompute)
     keys = (*simpler, *leaner, _rounded(upper_s), _rounded(seconds))
     return np.lexsort(tuple(np.asarray(k) for k in keys))

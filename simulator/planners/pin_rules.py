@@ -21,7 +21,9 @@ from typing import Final
 
 from hwmodels.cluster import Cluster
 from hwmodels.errors import InputError
+from workloads.axis_order import AxisOrder
 from workloads.models.config import TransformerConfig
+from workloads.models.mixers import no_context
 from workloads.models.transformer import DECODE, Inference, TrainStep
 from workloads.plan import Recompute
 
@@ -79,11 +81,12 @@ def check_pins(
 
 
 def _tensor(a: _Asked) -> Iterator[str]:
-    tp, heads = a.pins.get("tp", 1), a.cfg.attention.num_heads
+    tp, heads = a.pins.get("tp", 1), a.cfg.split_parts
     inner = a.on.levels[0]
     reach = int(min(inner.size, a.total))
     if heads % tp:
-        yield f"tp={tp} does not divide the {heads} query heads; pin a divisor of {heads}"
+        parts = "query heads" if a.cfg.mixer is None else f"heads of {a.cfg.name} all told"
+        yield f"tp={tp} does not divide the {heads} {parts}; pin a divisor of {heads}"
     elif reach % tp:
         yield (
             f"tp={tp} does not divide the {reach} accelerators of one {inner.name} group; pin a "
@@ -116,7 +119,9 @@ def _tiles(a: _Asked) -> Iterator[str]:
 def _context(a: _Asked) -> Iterator[str]:
     cp = a.pins.get("cp", 1)
     new = int(a.step.len_seq if isinstance(a.step, TrainStep) else a.step.len_new)
-    if cp & (cp - 1):
+    if cp > 1 and a.cfg.mixer is not None:
+        yield no_context(a.cfg.name, a.cfg.mixer)
+    elif cp & (cp - 1):
         yield f"cp={cp} is no power of two; pin 1, 2, 4 and so on"
     elif cp > 1 and isinstance(a.step, Inference) and a.step.phase == DECODE:
         yield f"cp={cp}: one new token is not split; leave cp out of a decode step"
@@ -146,6 +151,12 @@ def _experts(a: _Asked) -> Iterator[str]:
         if a.product(*names) % ep:
             said = " x ".join(names)
             yield f"ep={ep} does not divide {said} = {a.product(*names)}; loosen a pin"
+
+
+def _order(a: _Asked) -> Iterator[str]:
+    order = a.pins.get("order", 0)
+    if order not in set(AxisOrder):
+        yield f"order={order} is no order of the axes; pin one by its name, e.g. tp-cp-pp-dp"
 
 
 # ---- the schedule ----------------------------------------------------------------------------
@@ -228,6 +239,6 @@ def _slot(a: _Asked) -> Iterator[str]:
 
 
 _Rule = Callable[[_Asked], Iterator[str]]
-_RULES: Final[tuple[_Rule, ...]] = (_stages, _tensor, _context, _tiles, _experts)
+_RULES: Final[tuple[_Rule, ...]] = (_stages, _tensor, _context, _tiles, _experts, _order)
 _TRAINING: Final[tuple[_Rule, ...]] = (_batch, _chunks, _recompute, _zero)
 _SERVING: Final[tuple[_Rule, ...]] = (_slot,)

@@ -1,7 +1,8 @@
 """Sequence-parallel groups of different sizes for sequences of different lengths (FlexSP).
 
-A step's sequences, sorted by length, are cut into micro-batches of adjacent lengths (the cut that
-makes the largest one smallest); for each, groups g of d_g ranks and an owner of every sequence
+A step's sequences, sorted by length, are cut into micro-batches of adjacent lengths (FlexSP's cut,
+which makes the largest one smallest, and `micro_batches`' cuts by time); for each, groups g of d_g
+ranks and an owner of every sequence
 
     min   C = max_g ( fixed + sum_(k in g) w_(k, d_g) )                                     (1)
     s.t.  sum_(k in g) s_k <= d_g rank_tokens                                               (2)
@@ -11,7 +12,7 @@ makes the largest one smallest); for each, groups g of d_g ranks and an owner of
 with w and the rest from `GroupCost` (arXiv 2412.01523, equations 17 to 22). `group_bound` proves
 how long C must be; at makespans a little above that it says how many groups of each size to form
 and which lengths they take, `group_placement` makes a plan of it, and the best of equal groups
-competes. A step's bound holds for the micro-batches it was cut into.
+competes. `lower_s` holds for the micro-batches as they are cut, `cut_lower_s` for all cuts.
 
     Implemented in: `plan_groups` (3), `placed` (1, 2, 4), `split` (micro-batches), `plan_step`,
     `homogeneous_step` (the baseline).
@@ -22,7 +23,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import numpy as np
@@ -39,6 +40,7 @@ from simulator.planners.group_bound import (
     whole_groups,
 )
 from simulator.planners.group_placement import GroupPlan, placed
+from simulator.planners.micro_batches import bounds_of, lower_step_s, places_of, time_cut
 from simulator.variable_length import GroupCost, Ints
 
 TARGETS: Final = (1.005, 1.01, 1.015, 1.02, 1.03, 1.05, 1.08)
@@ -62,15 +64,21 @@ LEAST_STEP: Final = 1e-3
 """Distance at which the bisection of the bound ends."""
 EXTRA_SPLITS: Final = 3
 """Numbers of micro-batches tried: the least one and so many more (FlexSP tries five in all)."""
+TOKEN_SHARE, CUT_SHARE, CUT_BOUND_SHARE = 0.4, 0.3, 0.2
+"""Parts of the time for cuts by tokens; of what is left for cuts by time; then for their bound."""
 FILL_FRAC: Final = 0.9
 """Room of a group that the homogeneous baseline packs up to (FlexSP's solver)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
-    """A step: its micro-batches run one after another, each with the lengths it holds."""
+    """A step: its micro-batches run one after another, each with the lengths it holds.
+
+    `cut_lower_s`: no micro-batches of adjacent lengths take less, however cut; 0: not proven.
+    """
 
     micro_batches: tuple[tuple[Ints, GroupPlan], ...]
+    cut_lower_s: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -402,32 +410,78 @@ def plan_step(
     num_ranks: int,
     *,
     prove: bool = True,
+    by_time: bool = True,
     extra_splits: int = EXTRA_SPLITS,
     gap_frac: float = GAP_FRAC,
     time_limit_s: float = LIMIT_S,
 ) -> StepPlan:
     """The best of a few numbers of micro-batches; the best homogeneous step competes.
 
-    All numbers are tried quickly; with `prove` the best is then improved and its bound raised, each
-    micro-batch for its share of the time left.
+    Cuts by tokens are tried quickly; with `by_time` those of `micro_batches` as well. With `prove`
+    the best is then improved and its bounds raised, each micro-batch for its share of the time
+    left.
     """
     _checked(held, cost, num_ranks)
     end = time.perf_counter() + time_limit_s
-    room = num_ranks * cost.rank_tokens
-    best, tried = best_homogeneous(held, cost, num_ranks), 0
-    for num in range(max(math.ceil(held.sum() / room), 1), len(held) + 1):
-        if tried > extra_splits or (tried and time.perf_counter() > end):
+    quick = _Quick(cost, num_ranks, gap_frac)
+    cuts = _token_cuts(held, quick, extra_splits, end - (1 - TOKEN_SHARE) * time_limit_s)
+    if by_time and cuts and (left_s := end - time.perf_counter()) > 0:
+        bounds = bounds_of(held, cost, num_ranks, places_of(cuts, len(held)))
+        cuts.append(time_cut(bounds, quick.seconds, cuts, time_limit_s=CUT_SHARE * left_s))
+    single = best_homogeneous(held, cost, num_ranks)
+    best = min([single, *(quick.step(p) for p in cuts if p)], key=lambda step: step.seconds)
+    if not prove:
+        return best
+    left_s = CUT_BOUND_SHARE * (end - time.perf_counter())
+    if by_time and best is not single and left_s > 0:
+        low = lower_step_s(held, cost, num_ranks, time_limit_s=left_s)
+        best = replace(best, cut_lower_s=min(low, best.seconds))
+    return _proved(best, cost, num_ranks, gap_frac, end)
+
+
+def _token_cuts(held: Ints, quick: _Quick, extra: int, end: float) -> list[list[Ints]]:
+    """FlexSP's cuts into the fewest micro-batches that can be planned, and a few more."""
+    cuts: list[list[Ints]] = []
+    least = max(math.ceil(held.sum() / (quick.num_ranks * quick.cost.rank_tokens)), 1)
+    for num in range(least, len(held) + 1):
+        if len(cuts) > extra or (cuts and time.perf_counter() > end):
             break
-        try:
-            plans = [
-                (part, plan_groups(part, cost, num_ranks, gap_frac=gap_frac, prove=False))
-                for part in split(held, num)
-            ]
-        except InfeasibleError:
-            continue
-        found, tried = StepPlan(micro_batches=tuple(plans)), tried + 1
-        best = found if found.seconds < best.seconds else best
-    return _proved(best, cost, num_ranks, gap_frac, end) if prove else best
+        parts = split(held, num)
+        if all(math.isfinite(quick.seconds(part)) for part in parts):
+            cuts.append(parts)
+    return cuts
+
+
+@dataclass(frozen=True)
+class _Quick:
+    """First plans of micro-batches, each made once."""
+
+    cost: GroupCost
+    num_ranks: int
+    gap_frac: float
+    plans: dict[bytes, GroupPlan | None] = field(default_factory=dict)
+
+    def plan(self, part: Ints) -> GroupPlan | None:
+        """The plan without proof; None where there is none."""
+        key = part.tobytes()
+        if key not in self.plans:
+            try:
+                self.plans[key] = plan_groups(
+                    part, self.cost, self.num_ranks, gap_frac=self.gap_frac, prove=False
+                )
+            except InfeasibleError:
+                self.plans[key] = None
+        return self.plans[key]
+
+    def seconds(self, part: Ints) -> float:
+        """The plan's time; infinite where there is none."""
+        plan = self.plan(part)
+        return plan.seconds if plan else math.inf
+
+    def step(self, parts: list[Ints]) -> StepPlan:
+        """The plans of these micro-batches, which all have one."""
+        plans = [(part, plan) for part in parts if (plan := self.plan(part))]
+        return StepPlan(micro_batches=tuple(plans))
 
 
 def _proved(
@@ -440,7 +494,8 @@ def _proved(
             left_s = (end - time.perf_counter()) / (len(step.micro_batches) - i)
             plan = _better(part, plan, cost, num_ranks, gap_frac, max(left_s, LEAST_S))
         done.append((part, plan))
-    return StepPlan(micro_batches=tuple(done))
+    found = replace(step, micro_batches=tuple(done))
+    return replace(found, cut_lower_s=min(step.cut_lower_s, found.seconds))
 
 
 def _better(

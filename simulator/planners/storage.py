@@ -11,17 +11,16 @@ First fit takes the tensors in some order, each at the lowest address that is fr
 Orders tried: by size, life, area, start; and *across the peak*: the tensors alive at the moment of
 most bytes first, so that they stack without a hole, by start, end or reach, since a stack sorted by
 start leaves one hole before the peak (by end: after it) which the others fill by distance from the
-peak, size or area. If none meets (3), local search: tensors whose top lies above the live bytes are
-moved ahead by random steps and the order is placed again (squeaky wheel optimisation, Joslin and
-Clements 1999), a few best orders taking turns. Meeting (3) ends the search: that is the proof. Else
-`proved` asks a solver for (1) and (2): HiGHS for up to about 40 tensors, CP-SAT for more.
+peak, size or area. If none meets (3), `storage_search` builds stacks that waste no more than the
+peak allows, by rules that it varies. Meeting (3) ends the search: that is the proof. Else `proved`
+asks a solver for (1) and (2): HiGHS or CBC for up to about 40 tensors, CP-SAT for more.
 
 **Two levels** (MEMO, arXiv 2407.12117, section 4.2): tensors that live within one pass of a layer
 are placed once for every kind of pass; the pass then stands as one tensor of their peak among the
 rest. Thousands of requests fall into a few small problems.
 
     Implemented in: `Tensors.live_bytes` (3), `_FirstFit` (order to addresses), `orders`,
-    `_search`, `program` (1, 2), `proved`, `place_in_passes` (two levels).
+    `_searched`, `program` (1, 2), `proved`, `place_in_passes` (two levels).
 
 Ignored: memory that a device maps in pages, which needs no stretch; alignment, unless sizes are
 rounded up first (`Tensors.aligned`).
@@ -31,11 +30,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 import time
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,10 @@ from hwmodels.errors import InputError
 from simulator.memory_timeline import Timeline
 from simulator.planners.program import (
     AT_MOST,
+    CP_SAT,
+    FEASIBLE,
+    INFEASIBLE,
+    OPTIMAL,
     Box,
     Program,
     Row,
@@ -52,17 +56,14 @@ from simulator.planners.program import (
     gap_frac,
     solve,
 )
-
-Ints: TypeAlias = NDArray[np.int64]
+from simulator.planners.storage_search import Ints, best_stack
 
 SEARCH_S: Final = 3.0
-"""Time of a local search that does not meet the bound."""
-NUM_WALKERS: Final = 8
-BURST: Final = 5
-"""Orders one walker tries in its turn."""
+"""Time of a search that does not meet the bound, in seconds of one core."""
 NUM_PEAKS: Final = 3
 """Moments of most live bytes that stacks are built across."""
-OPTIMAL, FEASIBLE = "optimal", "feasible"
+LEAST_S: Final = 0.1
+"""Time that is left to a solver whatever the first question took."""
 TOP: Final = "peak"
 
 
@@ -195,13 +196,12 @@ class _FirstFit:
             zip(self.sizes.tolist(), self.starts.tolist(), self.ends.tolist(), strict=True)
         )
 
-    def placed(self, order: Ints, before: tuple[Ints, Ints] | None = None) -> tuple[int, Ints]:
-        """The peak and the addresses; `before` is an order with its addresses to begin alike."""
+    def placed(self, order: Ints) -> tuple[int, Ints]:
+        """The peak and the addresses."""
         block = np.zeros((4, len(self.rows)), dtype=np.int64)  # lowest byte, top, start, end
-        done, addresses = self._resumed(block, order, before)
         low, top, start, end = block
-        peak = int(top[:done].max(initial=0))
-        for k, i in enumerate(order[done:].tolist(), start=done):
+        addresses, peak = np.zeros(len(order), dtype=np.int64), 0
+        for k, i in enumerate(order.tolist()):
             size, begin, stop = self.rows[i]
             beside = start[:k] < stop
             beside &= end[:k] > begin
@@ -212,22 +212,6 @@ class _FirstFit:
             addresses[i] = at
             peak = max(peak, at + size)
         return peak, addresses
-
-    def _resumed(
-        self, block: Ints, order: Ints, before: tuple[Ints, Ints] | None
-    ) -> tuple[int, Ints]:
-        """How many tensors two orders begin with alike, those put into `block` by address."""
-        addresses = np.zeros(len(order), dtype=np.int64)
-        if before is None:
-            return 0, addresses
-        differ = order != before[0]
-        done = int(differ.argmax()) if differ.any() else len(order)
-        same = order[:done]
-        addresses[same] = before[1][same]
-        same = same[np.argsort(addresses[same], kind="stable")]
-        block[:2, :done] = addresses[same], addresses[same] + self.sizes[same]
-        block[2:, :done] = self.starts[same], self.ends[same]
-        return done, addresses
 
 
 def _lowest(low: Ints, top: Ints, size: int) -> int:
@@ -311,69 +295,43 @@ def place(
     >>> found.addresses.tolist(), found.peak_bytes, found.status
     ([0, 4, 0], 6, 'optimal')
     """
-    begin = time.perf_counter()
+    begin = time.process_time()
     if not len(tensors):
         raise InputError("there is no tensor to place; give at least one")
     fit, lower = _FirstFit(tensors), tensors.live_bytes
-    goal = int(lower * (1 + gap_frac))
-    tried: list[_Walker] = []
+    goal, until = int(lower * (1 + gap_frac)), begin + time_limit_s
+    best = _Placed("", sys.maxsize, np.empty(0, dtype=np.int64))
     for name, order in orders(tensors):
         peak, addresses = fit.placed(order)
-        tried.append(_Walker(name, peak, addresses, order))
-        if peak <= goal or time.perf_counter() - begin > time_limit_s:
+        if peak < best.peak:
+            best = _Placed(name, peak, addresses)
+        if best.peak <= goal or time.process_time() > until:
             break
-    best = min(tried, key=lambda one: one.peak)
-    if best.peak > goal:
-        walkers = sorted(tried, key=lambda one: one.peak)[:NUM_WALKERS]
-        best = _search(fit, walkers, goal, lower, begin + time_limit_s, seed)
+    else:
+        best = _searched(fit, best, goal, until, seed)
     return Placement(
         tensors=tensors, addresses=best.addresses, lower_bytes=lower, method=best.name,
-        solve_s=time.perf_counter() - begin,
+        solve_s=time.process_time() - begin,
     )  # fmt: skip
 
 
-@dataclass(slots=True)
-class _Walker:
-    """The best order of one line of search."""
+class _Placed(NamedTuple):
+    """What an order or a search found."""
 
     name: str
     peak: int
     addresses: Ints
-    order: Ints
 
 
-def _search(
-    fit: _FirstFit, walkers: list[_Walker], goal: int, lower: int, until: float, seed: int
-) -> _Walker:
-    """Move what lies too high ahead, from each walker in turn, until the goal or the time."""
-    rng = np.random.default_rng(seed)
-    turn = 0
-    while time.perf_counter() < until:
-        walker = walkers[turn % len(walkers)]
-        turn += 1
-        order, addresses = walker.order, walker.addresses
-        for _ in range(BURST):
-            moved = _moved(order, addresses + fit.sizes > lower, rng)
-            peak, addresses = fit.placed(moved, (order, addresses))
-            order = moved
-            if peak <= walker.peak:
-                name = walker.name.removesuffix(", improved") + ", improved"
-                walker.name, walker.peak = name, peak
-                walker.addresses, walker.order = addresses, order
-            if peak <= goal:
-                return walker
-            if time.perf_counter() > until:
-                break
-    return min(walkers, key=lambda one: one.peak)
-
-
-def _moved(order: Ints, high: NDArray[np.bool_], rng: np.random.Generator) -> Ints:
-    """The order with its high tensors moved ahead, each by a random part of a random reach."""
-    num = len(order)
-    rank = np.empty(num)
-    rank[order] = np.arange(num)
-    rank[high] -= rng.random(int(high.sum())) * num * rng.random()
-    return np.argsort(rank, kind="stable")
+def _searched(fit: _FirstFit, best: _Placed, goal: int, until_s: float, seed: int) -> _Placed:
+    """The better of what stands and a stack that is searched for, pressed down by first fit."""
+    found = best_stack(
+        fit.sizes, fit.starts, fit.ends, peak=best.peak, goal=goal, until_s=until_s, seed=seed
+    )
+    if found is None:
+        return best
+    peak, addresses = fit.placed(np.argsort(found.addresses, kind="stable"))
+    return _Placed("stacked by rules that waste least", peak, addresses)
 
 
 # ---- proofs by a solver --------------------------------------------------------------------------
@@ -409,27 +367,39 @@ def proved(
     """A placement with what a solver proves of it, and the solver's answer.
 
     The solver starts from the placement and may find a better one; the bound is the better of its
-    own and the live bytes.
+    own and the live bytes. CP-SAT is first asked, for half of the time, whether the live bytes are
+    enough: a peak that is given leaves it far less to try.
     """
     begin = time.perf_counter()
-    tensors = found.tensors
-    question = program(tensors, found.peak_bytes)
+    if engine == CP_SAT and found.peak_bytes > found.lower_bytes:
+        question = program(found.tensors, found.lower_bytes)
+        answer = solve(question, engine=engine, time_limit_s=time_limit_s / 2, explain=False)
+        if answer.has_point:
+            return _better(found, answer, begin), answer
+        if answer.status == INFEASIBLE:
+            found = dataclasses.replace(found, lower_bytes=found.lower_bytes + 1)
     hint = {f"A[{i}]": float(a) for i, a in enumerate(found.addresses.tolist())}
     hint[TOP] = float(found.peak_bytes)
+    left_s = max(begin + time_limit_s - time.perf_counter(), LEAST_S)
     answer = solve(
-        question, engine=engine, time_limit_s=time_limit_s, hint=hint, explain=False
+        program(found.tensors, found.peak_bytes), engine=engine, time_limit_s=left_s, hint=hint,
+        explain=False,
     )  # fmt: skip
+    return _better(found, answer, begin), answer
+
+
+def _better(found: Placement, answer: Solution, begin: float) -> Placement:
+    """The placement with the solver's addresses and bound where those are better."""
     addresses, method = found.addresses, found.method
     if answer.has_point and answer.objective < found.peak_bytes:
-        addresses = np.array([round(answer.values[f"A[{i}]"]) for i in range(len(tensors))])
-        method = f"{method}, then {answer.engine}"
+        values = [round(answer.values[f"A[{i}]"]) for i in range(len(found.tensors))]
+        addresses, method = np.array(values, dtype=np.int64), f"{method}, then {answer.engine}"
     bound = answer.bound if np.isfinite(answer.bound) else 0.0
-    lower = max(found.lower_bytes, int(np.ceil(bound - 1e-6)))
-    better = Placement(
-        tensors=tensors, addresses=addresses, lower_bytes=lower, method=method,
+    return Placement(
+        tensors=found.tensors, addresses=addresses, method=method,
+        lower_bytes=max(found.lower_bytes, int(np.ceil(bound - 1e-6))),
         solve_s=found.solve_s + time.perf_counter() - begin,
     )  # fmt: skip
-    return better, answer
 
 
 # ---- two levels ----------------------------------------------------------------------------------
@@ -458,7 +428,7 @@ def place_in_passes(
 
     Half of the time may go to the passes, each kind of which is solved once.
     """
-    begin = time.perf_counter()
+    begin = time.process_time()
     windows = sorted(passes)
     if any(a[1] > b[0] for a, b in itertools.pairwise(windows)):
         raise InputError("passes overlap in time; give windows that follow one another")
@@ -473,7 +443,7 @@ def place_in_passes(
         key = np.stack([part.sizes, part.starts - window[0], part.ends - window[0]]).tobytes()
         keys.append(key)
         if key not in solved:
-            left = max(time_limit_s / 2 - (time.perf_counter() - begin), 0.0)
+            left = max(time_limit_s / 2 - (time.process_time() - begin), 0.0)
             solved[key] = place(part, time_limit_s=left, **options)  # type: ignore[arg-type]
     blocks = Tensors(
         names=(*(tensors.names[i] for i in outside), *(f"pass {k}" for k in range(len(kept)))),
@@ -481,7 +451,7 @@ def place_in_passes(
         starts=np.concatenate([tensors.starts[outside], _of(w[0] for _, w in kept)]),
         ends=np.concatenate([tensors.ends[outside], _of(w[1] for _, w in kept)]),
     )
-    left = max(time_limit_s - (time.perf_counter() - begin), 0.0)
+    left = max(time_limit_s - (time.process_time() - begin), 0.0)
     outer = place(blocks, time_limit_s=left, **options)  # type: ignore[arg-type]
     addresses = np.zeros(len(tensors), dtype=np.int64)
     addresses[outside] = outer.addresses[: len(outside)]
@@ -489,7 +459,7 @@ def place_in_passes(
         addresses[which] = base + solved[key].addresses
     whole = Placement(
         tensors=tensors, addresses=addresses, lower_bytes=tensors.live_bytes,
-        method=f"two levels: {outer.method}", solve_s=time.perf_counter() - begin,
+        method=f"two levels: {outer.method}", solve_s=time.process_time() - begin,
     )  # fmt: skip
     return TwoLevels(
         whole=whole, outer=outer, num_passes=len(kept), num_kinds=len(solved),

@@ -6,20 +6,26 @@ by token, and the other tokens are computed again (not attention: its output com
 
     max  alpha
     s.t. (S_input + S_attention + alpha S_others) / B <= T_layer     "copy hidden"           (1)
-         (n - 2)(S_input + S_attention + alpha S_others) <= M_host   "host memory"           (2)
+         m (n - 2)(S_input + S_attention + alpha S_others) <= M_host "host memory"           (2)
          0 <= alpha <= 1
 
     alpha* = min(1, (B T_layer - S_input - S_attention) / S_others,
-                    (M_host / (n - 2) - S_input - S_attention) / S_others)                   (3)
+                    (M_host / (m (n - 2)) - S_input - S_attention) / S_others)               (3)
 
 B is what one device's link sustains, M_host its share of the host's memory; the last two of n
-layers stay on the device, whose backward passes come at once. Two buffers of one layer's kept
-tensors take turns: S_input + S_attention + S_others bytes each. Whole tokens only: alpha is rounded
-down to floor(alpha tokens) / tokens, which (1) and (2) allow.
+layers stay on the device, whose backward passes come at once. A pipeline stage has the question to
+itself: n are its layers, m the micro-batches that it holds at once, and only the last stage's last
+layers stay, since elsewhere other micro-batches' passes come in between. Two buffers of one layer's
+kept tensors take turns: S_input + S_attention + S_others bytes each. Whole tokens only: alpha is
+rounded down to floor(alpha tokens) / tokens, which (1) and (2) allow.
 
 A GPT layer (ungated, ffn = 4 h, fused attention) keeps 16 b s h elements: S_input = S_attention =
 b s h, S_others = 14 b s h. Here the tensors are those of `workloads.models.activations`, which adds
 one FP32 number per token and head, the attention's logsumexp, to S_attention.
+
+Where layers of several kinds differ in time and in bytes (attention beside scans or convolutions),
+alpha is one for all of them: (1) holds for each kind, (2) for their sum, told in means of a layer.
+A scan is not run again: the mixer's output counts as S_attention.
 
 Source: MEMO, arXiv 2407.12117, section 4.1. Implemented in: `program` (1, 2), `swap_frac` (3),
 `plan_swap` (rounding, what is recomputed), `kept_bytes` (the tensors).
@@ -61,10 +67,21 @@ class KeptBytes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SwapKind:
+    """Layers of one kind among several: what one keeps, and its forward pass."""
+
+    name: str
+    kept: KeptBytes
+    layer_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SwapQuestion:
     """What the program needs; `layer_s` is one layer's forward pass, `num_tokens` those of a rank.
 
-    `other_forward_s` is the part of `layer_s` that is not attention: what recomputing takes.
+    `other_forward_s` is the part of `layer_s` that is not attention: what recomputing takes. With
+    `kinds`, the layers are of those kinds, and the other figures means over them. `in_flight`
+    micro-batches are held at once; the last `last_kept` layers are never offloaded.
     """
 
     kept: KeptBytes
@@ -74,17 +91,33 @@ class SwapQuestion:
     host_bytes: float
     num_layers: int
     num_tokens: int
+    kinds: tuple[SwapKind, ...] = ()
+    in_flight: float = 1.0
+    last_kept: int = LAST_LAYERS
 
     def __post_init__(self) -> None:
         if self.layer_s <= 0 or self.link_bytes_per_s <= 0 or self.num_layers < 1:
             raise InputError("swap: the layer's time, the link and the layers must be above 0")
         if self.host_bytes < 0 or self.num_tokens < 1:
             raise InputError("swap: give host memory of at least 0 bytes and at least one token")
+        if self.in_flight < 1 or self.last_kept < 0:
+            raise InputError("swap: give at least one micro-batch and no negative number of layers")
 
     @property
     def offloaded_layers(self) -> int:
         """Layers whose activations go to the host."""
-        return max(self.num_layers - LAST_LAYERS, 0)
+        return max(self.num_layers - self.last_kept, 0)
+
+    @property
+    def host_layers(self) -> float:
+        """Layers times micro-batches that are on the host at once."""
+        return self.in_flight * self.offloaded_layers
+
+    @property
+    def copies(self) -> dict[str, tuple[KeptBytes, float]]:
+        """What is copied behind what, by the name of the row."""
+        rows = {f"{COPY} ({k.name})": (k.kept, k.layer_s) for k in self.kinds}
+        return rows or {COPY: (self.kept, self.layer_s)}
 
     @property
     def always_bytes(self) -> float:
@@ -116,8 +149,8 @@ class SwapPlan:
 
     @property
     def host_bytes(self) -> float:
-        """On the host, all layers."""
-        return self.question.offloaded_layers * self.layer_bytes
+        """On the host, all layers of all micro-batches in flight."""
+        return self.question.host_layers * self.layer_bytes
 
     @property
     def copy_s(self) -> float:
@@ -132,7 +165,8 @@ class SwapPlan:
     @property
     def device_bytes(self) -> float:
         """Kept on the device: two buffers, and the layers that stay (in the buffers' place)."""
-        return min(NUM_BUFFERS, self.question.num_layers) * self.question.kept.total
+        largest = max(kept.total for kept, _ in self.question.copies.values())
+        return min(NUM_BUFFERS, self.question.num_layers) * largest
 
 
 def kept_bytes(
@@ -159,6 +193,7 @@ def kept_bytes(
         "attention_norm.input": "input",
         "attention.output": "attention",
         "attention.logsumexp": "attention",
+        "mixer.output": "attention",
     }
     for one in saved_tensors(cfg, kind=kind, len_seq=len_seq, tp=plan.tp, dtype=dtype):
         held = float(one.bytes_per_token) * (rows if one.by_sequence else num_tokens)
@@ -169,15 +204,18 @@ def kept_bytes(
 def program(question: SwapQuestion) -> Program:
     """Rows (1) and (2), in shares of the layer's time and of the host's memory."""
     always, others = question.always_bytes, question.kept.others
-    per_layer_s, layers = 1 / question.link_bytes_per_s, question.offloaded_layers
+    per_layer_s, layers = 1 / question.link_bytes_per_s, question.host_layers
     return Program(
         name="swap",
         sense=MAXIMISE,
         objective={ALPHA: 1.0},
         variables=(Variable(ALPHA, 0.0, 1.0),),
         rows=(
-            Row(COPY, {ALPHA: others * per_layer_s}, AT_MOST,
-                question.layer_s - always * per_layer_s),
+            *(
+                Row(name, {ALPHA: kept.others * per_layer_s}, AT_MOST,
+                    layer_s - (kept.input + kept.attention) * per_layer_s)
+                for name, (kept, layer_s) in question.copies.items()
+            ),
             Row(HOST, {ALPHA: layers * others}, AT_MOST, question.host_bytes - layers * always),
         ),
     )  # fmt: skip
@@ -191,19 +229,23 @@ def swap_frac(question: SwapQuestion) -> tuple[float, str]:
     ...     host_bytes=1e9, num_layers=32, num_tokens=1000))
     (0.5, 'copy hidden behind the layer')
     """
-    always, others = question.always_bytes, question.kept.others
-    layers = question.offloaded_layers
-    room = {
-        COPY: question.link_bytes_per_s * question.layer_s - always,
-        HOST: question.host_bytes / layers - always if layers else math.inf,
+    layers = question.host_layers
+    allowed = {
+        name: (kept, question.link_bytes_per_s * layer_s)
+        for name, (kept, layer_s) in question.copies.items()
     }
-    for name, left in room.items():
+    allowed[HOST] = (question.kept, question.host_bytes / layers if layers else math.inf)
+    shares = {ALL: 1.0}
+    for name, (kept, most) in allowed.items():
+        always = kept.input + kept.attention
+        left = most - always
         if left < 0:
             raise InfeasibleError(
                 f"{name}: a layer's input and attention output are {always:.4g} bytes, "
-                f"{-left:.4g} more than fit; {_MEND[name]}"
+                f"{-left:.4g} more than fit; {_MEND[HOST if name == HOST else COPY]}"
             )
-    shares = {ALL: 1.0} | {name: left / others for name, left in room.items() if others}
+        if kept.others:
+            shares[name] = left / kept.others
     binding = min(shares, key=lambda name: shares[name])
     return shares[binding], binding
 

@@ -4,7 +4,9 @@
 
 with T the modelled seconds of `tile_times`. All feasible x are listed (`integers.solve`) and timed
 at once, so the least is the optimum: bound = objective, gap 0. Ties go to less shared memory, then
-to the smaller x.
+to the smaller x. They are listed tile by tile (the first variable's values, those near 128 first):
+a listing that a time limit or a wide enough gap ends early has `tile_bounds.least_seconds` for its
+bound, and what it says of runners-up and of shared memory is said of the kernels listed.
 
 The number of resident blocks is a variable, so T does not depend on how much shared memory there
 is, only what is allowed does. With need(x) the least addition (positive or negative) to the shared
@@ -16,15 +18,17 @@ memory of a block and of an SM at which x is allowed, the true curve of values i
 a staircase that never rises: all x up to `HEADROOM_BYTES` more are listed once, sorted by need.
 Each limit's worth is 1 - T without it / T, the others kept (3).
 
-    Implemented in: `plan_tiles` (1), `_curve` (2), `_bindings` (3), `choice_program` (a linear
-    program with the same optimum: one of the points that no other beats in seconds and needs).
+    Implemented in: `plan_tiles`, `_listed` (1), `_curve` (2), `_bindings` (3), `choice_program` (a
+    linear program with the same optimum: one of the points that no other beats in seconds and
+    needs).
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeAlias
 
 import numpy as np
@@ -34,7 +38,17 @@ from hwmodels.errors import InfeasibleError, InputError, UnsupportedError
 from simulator.kernel_time.terms import overlap
 from simulator.planners.integers import Program as Tiling
 from simulator.planners.integers import solve
-from simulator.planners.program import AT_MOST, EQUAL, Program, Row, Variable
+from simulator.planners.program import (
+    AT_MOST,
+    EQUAL,
+    FEASIBLE,
+    OPTIMAL,
+    Program,
+    Row,
+    Variable,
+    gap_frac,
+)
+from simulator.planners.tile_bounds import least_seconds
 from simulator.planners.tile_rules import (
     REGISTERS,
     SHARED,
@@ -63,6 +77,8 @@ Table: TypeAlias = Mapping[str, Any]
 KIB: Final = 1024
 HEADROOM_BYTES: Final = 64 * KIB
 """How much more shared memory the curve looks at."""
+USUAL_ROWS: Final = 128
+"""Rows of the tiles that are listed first."""
 RUNNERS_UP: Final = 5
 SHAPES: Final = {Matmul: ("tile_m", "tile_n"), FlashAttention2: ("tile_q", "tile_k")}
 """What tells one kernel of the list of runners-up from another."""
@@ -125,8 +141,18 @@ class TilePlan:
     num_kernels: int
     solve_s: float
     source: str
-    gap_frac: float = 0.0
-    status: str = "optimal"
+    bound_s: float
+    """No kernel of the program is faster."""
+
+    @property
+    def gap_frac(self) -> float:
+        """How much faster a kernel that was not listed may be."""
+        return gap_frac(self.best.seconds, self.bound_s)
+
+    @property
+    def status(self) -> str:
+        """Optimal where every kernel was listed, or none can be faster."""
+        return OPTIMAL if self.gap_frac == 0 else FEASIBLE
 
     def seconds_with(self, more_smem_bytes: float) -> float:
         """V of equation (2); infinite where nothing is allowed."""
@@ -173,10 +199,20 @@ class _Problem:
         )
 
 
-def plan_tiles(op: Tiled, *, on: Device, space: Space = WHOLE, explain: bool = True) -> TilePlan:
+def plan_tiles(
+    op: Tiled,
+    *,
+    on: Device,
+    space: Space = WHOLE,
+    explain: bool = True,
+    time_limit_s: float = math.inf,
+    gap_frac: float = 0.0,
+) -> TilePlan:
     """The optimum of (1); `explain=False` leaves out what other limits would be worth.
 
-    Raises `InfeasibleError` with the limits in conflict where no tile fits.
+    Listing ends after `time_limit_s`, though not before one kernel is found, or within `gap_frac`
+    of the bound: then the status is "feasible". Raises `InfeasibleError` with the limits in
+    conflict where no tile fits.
 
     >>> from hwmodels import catalog
     >>> plan = plan_tiles(Matmul(m=8192, n=8192, k=8192), on=catalog.device("h100-sxm"))
@@ -185,22 +221,59 @@ def plan_tiles(op: Tiled, *, on: Device, space: Space = WHOLE, explain: bool = T
     """
     start = time.perf_counter()
     problem = _problem(op, on, space)
-    table = solve(problem.rules(Chip.of(on, HEADROOM_BYTES))).table
-    need = problem.need(table) if len(next(iter(table.values()))) else np.empty(0)
-    if not np.any(need <= 0):
-        raise InfeasibleError(_why_not(problem))
-    seconds, parts = problem.seconds(table)
+    listed = _listed(problem, start + time_limit_s, gap_frac)
+    table, seconds, need = listed.table, listed.seconds, listed.need
+    _, parts = problem.seconds(table)
     order = _order(problem, table, seconds)
     allowed = order[need[order] <= 0]
     best = _kernel(problem, table, seconds, parts, int(allowed[0]))
     return TilePlan(
         op=op, chip=problem.chip, best=best,
         runners_up=_runners_up(problem, table, seconds, parts, allowed, best),
-        bindings=_bindings(problem, best) if explain else (),
+        bindings=_bindings(problem, best) if explain and listed.complete else (),
         curve=_curve(table, seconds, need, order),
         program=choice_program(problem, table, seconds),
         num_kernels=len(allowed), solve_s=time.perf_counter() - start,
         source=problem.speeds.source,
+        bound_s=best.seconds if listed.complete else min(listed.bound_s, best.seconds),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Listed:
+    """Kernels with their seconds and needs; `complete`: there are no others."""
+
+    table: Table
+    seconds: Floats
+    need: Any
+    complete: bool
+    bound_s: float
+
+
+def _listed(problem: _Problem, until: float, wanted_gap_frac: float) -> _Listed:
+    """All kernels up to the headroom, or those of the first tiles until time or gap is reached."""
+    rules = problem.rules(Chip.of(problem.chip.device, HEADROOM_BYTES))
+    first, *_ = rules.domains
+    values = sorted(rules.domains[first], key=lambda v: (abs(math.log2(v / USUAL_ROWS)), v))
+    bound = least_seconds(problem.op, problem.speeds)
+    tables: list[Table] = []
+    best, left = math.inf, len(values)
+    for value in values:
+        part = solve(replace(rules, domains={**rules.domains, first: [value]})).table
+        left -= 1
+        if len(part[first]):
+            tables.append(part)
+            allowed = problem.need(part) <= 0
+            best = min(best, float(np.min(problem.seconds(part)[0], where=allowed, initial=best)))
+        near = bool(wanted_gap_frac) and gap_frac(best, bound) <= wanted_gap_frac
+        if math.isfinite(best) and (near or time.perf_counter() > until):
+            break
+    if not math.isfinite(best):
+        raise InfeasibleError(_why_not(problem))
+    table = {name: np.concatenate([t[name] for t in tables]) for name in rules.domains}
+    return _Listed(
+        table=table, seconds=problem.seconds(table)[0], need=problem.need(table),
+        complete=not left, bound_s=bound,
     )  # fmt: skip
 
 

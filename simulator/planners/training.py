@@ -301,7 +301,8 @@ def groups_of(asked: Asked) -> list[Figures]:
     """The priced space: plans that share sequences apart where kinds of attention are mixed."""
     q = asked.question
     check_against_rules(asked.pins, q.step, q.on, even=False)
-    space = narrowed(training_space(q.step, on=q.on), q.step, asked.pins, asked.splits)
+    space = training_space(q.step, on=q.on)
+    space = narrowed(space, q.step, asked.pins, asked.splits, on=q.on)
     cfg = q.step.config
     if not 0 < cfg.num_linear_layers < cfg.num_layers:
         return [figures_of(q, space)]

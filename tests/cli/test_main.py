@@ -19,6 +19,7 @@ from cli.main import main
 from hwmodels.calibration import FOLDER
 from tests.cli.running import ROOT, python, ridgeplan
 from tests.synthetic import gemm_rows, write_rows
+from tests.validate.fake_suite import record_of, trials
 
 HEAVY = {"numpy", "plotly", "networkx", "scipy", "pulp", "pandas", "torch", "kaleido"}
 MATMUL = ("matmul", "-p", "m=64", "-p", "n=64", "-p", "k=64")
@@ -73,7 +74,12 @@ def examples_in_help() -> list[str]:
     texts += [command.callback.__doc__ or "" for command in main_module.app.registered_commands]
     joined = [re.sub(r"\\\n\s*", "", text) for text in texts]
     lines = [line.strip() for text in joined for line in text.splitlines()]
-    return [line for line in lines if line.startswith("ridgeplan ")]
+    return [
+        line for line in lines if line.startswith("ridgeplan ") and not line.startswith(NEEDS_A_GPU)
+    ]
+
+
+NEEDS_A_GPU = "ridgeplan profile"
 
 
 @pytest.mark.parametrize("example", examples_in_help())
@@ -90,6 +96,10 @@ def test_the_examples_in_the_help_work(
     shutil.copy(FOLDER / "t4.json", tmp_path / "mine.json")
     (tmp_path / "claims.json").write_text(json.dumps([CLAIMS]))
     (tmp_path / "batch.txt").write_text("8192\n1024\n300\n300\n")
+    for number, name in enumerate(("h200", "monday", "tuesday")):
+        (tmp_path / name).mkdir()
+        line = record_of(trials(3)[number]).line()
+        (tmp_path / name / "records.jsonl").write_text(f"{line}\n")
     monkeypatch.chdir(tmp_path)
     assert main(shlex.split(example)[1:]) == 0
     out, err = capsys.readouterr()

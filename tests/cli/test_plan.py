@@ -86,7 +86,7 @@ def test_pieces_and_parts_add_up(job: tuple[str, ...], capsys: pytest.CaptureFix
         assert set(plan) == {
             "plan", "seconds", "lower_s", "upper_s", "tokens_per_s", "mfu_frac", "bound",
             "seconds_by_piece", "compute_by_resource", "memory_bytes", "memory_bytes_by_part",
-            "why_not_best",
+            "why_not_best", "order",
         }  # fmt: skip
         assert sum(plan["seconds_by_piece"].values()) == pytest.approx(plan["seconds"], rel=1e-12)
         parts = plan["memory_bytes_by_part"].values()

@@ -148,6 +148,18 @@ def test_plan_of_a_model_is_still_plan(capsys: pytest.CaptureFixture[str]) -> No
 
 # ---- bad input ---------------------------------------------------------------------------------
 
+
+def test_a_host_of_the_catalogue_needs_no_size(capsys: pytest.CaptureFixture[str]) -> None:
+    own = [*MODEL[:-2]]
+    own[own.index("-c") + 1] = "dgx-h100"
+    found = document(capsys, *own)["swap"]
+    assert found["host_budget_bytes"] == 2e12 / 8
+    smaller = document(capsys, *own, "--host-memory", "1TB")["swap"]
+    assert smaller["host_budget_bytes"] == 1e12 / 8
+    named = document(capsys, *own, "--host-memory", "node")["swap"]
+    assert named | {"solve_s": 0} == found | {"solve_s": 0}
+
+
 BAD: dict[str, tuple[tuple[str, ...], int, str]] = {
     "no source": ((), 2, "plan memory --help"),
     "no file": (("none.csv",), 2, "no file none.csv"),
@@ -155,7 +167,7 @@ BAD: dict[str, tuple[tuple[str, ...], int, str]] = {
     "no host memory": (MODEL[:-2], 2, "give --host-memory"),
     "host too small": ((*MODEL[:-1], "1GB"), 3, "host memory"),
     "layer too short": ((*MODEL, "--host-bandwidth", "1GB/s"), 3, "copy hidden"),
-    "pipeline": ((*MODEL[:-4], "--pin", "pp=8", *MODEL[-2:]), 2, "pin pp=1"),
+    "pipeline": ((*MODEL[:-4], "--pin", "pp=8", *MODEL[-2:]), 3, "stage 0 of 8: host memory"),
     "pins": ((*MODEL, "--pin", "cp=3"), 2, "do not divide 8 ranks"),
     "no budget": (GRAPH[:1], 2, "needs --budget"),
     "small budget": ((GRAPH[0], "--budget", "5GB"), 3, "least that works is 5.122 GiB"),
@@ -219,3 +231,17 @@ def test_cp_sat_that_is_absent_is_told(
     args = ["plan", "memory", str(hard), "--prove", "cp-sat", "--time-limit", "100ms"]
     assert main(args) == 2
     assert "pip install 'ridgeplan[cp-sat]'" in capsys.readouterr().err
+
+
+def test_pipeline_stages(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = (*MODEL[:-2], "--seq", "128k", "--pin", "pp=2", "--host-memory", "2TB")
+    asked = tuple("tp=4" if word == "tp=8" else word for word in asked)
+    found = document(capsys, *asked)
+    assert [(s["num_layers"], s["in_flight"]) for s in found["stages"]] == [(16, 2.0), (16, 1.0)]
+    assert found["stage"] == 0 and found["swap"]["alpha"] == found["stages"][0]["alpha"]
+    assert all(s["host_bytes"] <= s["host_budget_bytes"] for s in found["stages"])
+    kept, swapped = found["storage_all_kept"]["peak_bytes"], found["storage"]["peak_bytes"]
+    assert kept > 8 * swapped
+    assert "in flight" in words(capsys, *asked)
+    assert main(["plan", "memory", *asked, "--host-memory", "100GB"]) == 3
+    assert "stage 0 of 2: host memory" in capsys.readouterr().err

@@ -34,6 +34,18 @@ def test_the_proof_and_the_stages_are_told(capsys: pytest.CaptureFixture[str]) -
     assert now[0]["seconds"] == pytest.approx(best["seconds"], rel=1e-9)
 
 
+def test_a_node_of_the_catalogue_says_its_own_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    def seconds(host: str) -> object:
+        found = answer(capsys, "-c", "dgx-h100", "--memory-budget", "52GB", "--host-memory", host)
+        return found["plans"][0]["seconds"]  # type: ignore[index]
+
+    assert seconds("node") == seconds("2TB")
+    assert main([*JOB, "--host-memory", "node"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert "no figure for the memory of a host of hgx-h100" in err
+
+
 def test_an_explanation_has_the_program_with_its_numbers(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -50,6 +62,21 @@ def test_limits_end_the_search(capsys: pytest.CaptureFixture[str]) -> None:
     assert answer(capsys, "--gap", "50%")["gap_frac"] <= 0.5  # type: ignore[operator]
 
 
+def test_the_order_of_the_axes_is_searched_or_pinned(capsys: pytest.CaptureFixture[str]) -> None:
+    """Auto is never slower than an order that is searched, and the names are told."""
+    seconds, pins = {}, ("--pin", "pp=2", "--pin", "dp=4", "--top", "2", "--memory-budget", "85GB")
+    for order in ("auto", "tp-cp-dp-pp", "TP-CP-PP-DP"):
+        found = answer(capsys, *pins, "--order", order)
+        assert (found["status"], found["gap_frac"]) == ("optimal", 0.0)
+        plans = found["plans"]
+        assert isinstance(plans, list)
+        assert order == "auto" or {p["order"] for p in plans} == {order.casefold()}
+        seconds[order] = plans[0]["seconds"]
+    assert answer(capsys, *pins, "--pin", "order=tp-cp-pp-dp")["plans"] == plans
+    assert seconds["auto"] == min(seconds.values())
+    assert seconds["TP-CP-PP-DP"] != seconds["tp-cp-dp-pp"]
+
+
 @pytest.mark.parametrize(
     ("more", "words", "code"),
     [
@@ -59,6 +86,10 @@ def test_limits_end_the_search(capsys: pytest.CaptureFixture[str]) -> None:
         (("--memory-budget", "1GB"), "GB more per accelerator", 3),
         (("--phase", "decode", "--explain"), "is for training", 2),
         (("-c", "dgx-1-v100", "--host-memory", "-1GB"), "--host-memory", 2),
+        (("--order", "tp-cp-pp"), "unknown order of the axes 'tp-cp-pp'; did you mean", 2),
+        (("--order", "inside-out"), "give tp, cp, dp and pp once each", 2),
+        (("--order", "tp-cp-pp-dp", "--pin", "order=tp-cp-dp-pp"), "two orders; keep one", 2),
+        (("--pin", "order=24"), "order=24 is no order of the axes", 2),
     ],
 )
 def test_one_line_says_what_is_wrong(

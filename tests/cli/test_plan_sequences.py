@@ -118,3 +118,106 @@ def test_ranks_that_are_no_power_of_two(capsys: pytest.CaptureFixture[str], file
     assert main(["plan", "sequences", *given]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["num_accelerators"] == 24 and found["lower_s"] <= found["seconds"]
+
+
+# ---- the other methods ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("300,20\n50,40\n3000\n1000,4\n17,30\n", encoding="utf-8")
+    return path
+
+
+def test_all_cuts_have_a_bound(capsys: pytest.CaptureFixture[str], file: Path) -> None:
+    _, out, _ = run(capsys, "--lengths", str(file), "--json", "--explain")
+    found = json.loads(out)
+    assert found["method"] == "groups" and "ranks needed within" in found["explanation"]
+    assert found["cut_lower_s"] is None or found["cut_lower_s"] <= found["seconds"]
+
+
+def test_hybrid(capsys: pytest.CaptureFixture[str], file: Path, tmp_path: Path) -> None:
+    page = tmp_path / "rings.html"
+    given = ("--lengths", str(file), "--method", "hybrid", "--time-limit", "1s",
+             "--host-memory", "2TB")  # fmt: skip
+    code, out, err = run(capsys, *given, "--json", "--explain", "--html", str(page))
+    found = json.loads(out, parse_constant=pytest.fail)
+    assert code == 0 and err == "" and page.stat().st_size > 1000
+    assert found["method"] == "hybrid" and "C" in found["explanation"]
+    assert sorted(k for unit in found["units"] for k in unit["sequences"]) == list(range(125))
+    assert all(len(unit["ranks"]) == unit["degree"] for unit in found["units"])
+    assert found["lower_s"] <= found["seconds"] <= found["balanced_s"]
+    words = " ".join(run(capsys, *given)[1].split())
+    assert "no choice of ranks takes less than" in words and "rings and order searched" in words
+
+
+def test_prepack(capsys: pytest.CaptureFixture[str], prompts: Path, tmp_path: Path) -> None:
+    page = tmp_path / "rows.html"
+    given = ("--lengths", str(prompts), "--method", "prepack")
+    code, out, err = run(capsys, *given, "--json", "--explain", "--html", str(page))
+    found = json.loads(out, parse_constant=pytest.fail)
+    assert code == 0 and err == "" and page.stat().st_size > 1000
+    assert (found["status"], found["gap_frac"], found["prompts_per_pass"]) == ("optimal", 0.0, 64)
+    assert "rows of pattern" in found["explanation"]
+    rows = [row for one in found["passes"] for row in one["rows"]]
+    assert len(rows) == found["num_rows"] == found["lower_rows"]
+    assert sorted(k for row in rows for k in row) == list(range(95))
+    padded, ordered, packed, apart = (way["seconds"] for way in found["ways"])
+    assert apart < packed < ordered < padded
+    words = " ".join(run(capsys, *given)[1].split())
+    assert "7 rows, 92.4 % fewer tokens than padded; no packing has fewer" in words
+
+
+def test_prepack_in_passes_and_rows_of_ones_own(
+    capsys: pytest.CaptureFixture[str], prompts: Path
+) -> None:
+    given = ("--lengths", str(prompts), "--method", "prepack", "--prompts", "20", "--json")
+    found = json.loads(run(capsys, *given, "--row", "4k")[1])
+    assert [one["num_prompts"] for one in found["passes"]] == [20, 20, 20, 20, 15]
+    assert found["row_tokens"] == 4096
+    assert max(one["len_row"] for one in found["passes"]) <= 4096
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "words"),
+    [
+        (("--method", "grups"), 2, "did you mean groups"),
+        (("--prompts", "4"), 2, "--prompts is for --method prepack"),
+        (("--method", "prepack", "--host-memory", "2TB"), 2, "is for --method hybrid"),
+        (("--method", "prepack", "--prompts", "0"), 2, "--prompts = '0'"),
+        (("--method", "hybrid", "--host-memory", "0B"), 2, "is no size"),
+        (("--method", "hybrid"), 2, "no figure for the memory of a host of hgx-h100"),
+        (("--method", "prepack", "--seq", "2k"), 2, "line 3: 3000 tokens"),
+        (("--method", "prepack", "--row", "100"), 3, "line 3: a prompt of 3000 tokens fits no row"),
+    ],
+)
+def test_methods_and_their_options(
+    capsys: pytest.CaptureFixture[str], prompts: Path, args: tuple[str, ...], code: int, words: str
+) -> None:
+    assert words in refused(capsys, "--lengths", str(prompts), *args, code=code)
+
+
+def test_what_no_device_and_no_ring_holds(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "x.txt"
+    path.write_text("9000,300\n", encoding="utf-8")
+    given = ("--lengths", str(path), "--method", "prepack", "--prompts", "300")
+    assert "--prompts 30 would fit" in refused(capsys, *given, code=3)
+    path.write_text("5\n9000000\n", encoding="utf-8")
+    given = ("--lengths", str(path), "--method", "hybrid", "--host-memory", "2TB")
+    err = refused(capsys, *given, code=3)
+    assert "line 2: a sequence of 9000000 tokens" in err
+
+
+def test_hosts_without_a_link(capsys: pytest.CaptureFixture[str], file: Path) -> None:
+    from hwmodels import catalog
+
+    names = [c.id for c in catalog.clusters() if not c.side_levels and c.num_accelerators > 1]
+    if not names:
+        pytest.skip("every cluster of the catalogue has a link to its host")
+    model, *_ = ASKED
+    given = (model, "-c", names[0], "--lengths", str(file), "--method", "hybrid")
+    assert main(["plan", "sequences", *given, "--host-memory", "2TB"]) == 2
+    assert "no known link to a host" in capsys.readouterr().err

@@ -61,6 +61,20 @@ def test_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "one_kernel" in program.read_text().replace(" ", "_")
 
 
+def test_a_listing_cut_short_is_feasible_with_a_bound(capsys: pytest.CaptureFixture[str]) -> None:
+    whole = document(capsys, *FLASH)
+    assert whole["bound_s"] == whole["best"]["seconds"]
+    for cut in (("--time-limit", "1ns"), ("--gap", "60%")):
+        found = document(capsys, *FLASH, *cut)
+        assert found["status"] == "feasible" and found["bindings"] == []
+        assert found["bound_s"] <= whole["best"]["seconds"] <= found["best"]["seconds"]
+        seconds = found["best"]["seconds"]
+        assert found["gap_frac"] == pytest.approx((seconds - found["bound_s"]) / seconds)
+        assert found["num_kernels"] < whole["num_kernels"]
+    assert main(["plan", "tiles", *FLASH, "--time-limit", "1ns"]) == 0
+    assert "not all listed" in " ".join(capsys.readouterr().out.split())
+
+
 BAD: dict[str, tuple[tuple[str, ...], int, str]] = {
     "no name": (("-d", "h100-sxm"), 2, "plan tiles --help"),
     "no device": (("matmul",), 2, "--device"),
@@ -71,6 +85,8 @@ BAD: dict[str, tuple[tuple[str, ...], int, str]] = {
     "a wide head": ((*FLASH[:-1], "dim=4k"), 3, "shared memory of a block"),
     "a long head": ((*RNN[:-1], "head_dim=8000"), 3, "number of SMs"),
     "an unknown key": ((*RNN, "-p", "heads=2"), 2, "did you mean num_heads"),
+    "no time": ((*FLASH, "--time-limit", "0s"), 2, "above 0 s"),
+    "a gap below nothing": ((*FLASH, "--gap", "-3%"), 2, "outside 0..1"),
     "no head": (RNN[:3], 2, "add -p head_dim=768"),
     "half a head": ((*RNN[:-1], "head_dim=7.5"), 2, "whole number"),
     "rules of nobody": ((*RNN, "-p", "rules=mine"), 2, "rule set"),

@@ -136,6 +136,18 @@ def test_fewer_layers_beside_the_head_are_faster(capsys: pytest.CaptureFixture[s
     assert seconds["9,9,8,6"] < seconds["8,8,8,8"]
 
 
+def test_a_step_is_simulated_in_an_order_of_the_axes(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two nodes: stages on one each, or side by side, where sends are faster."""
+    sends = {}
+    for order in ("tp-cp-dp-pp", "tp-cp-pp-dp"):
+        more = ("-n", "2", "--pin", "pp=2", "--pin", "tp=1", "--order", order)
+        assert main([*ASKED, *more, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["order"] == order
+        sends[order] = found["layer"]["send"]
+    assert sends["tp-cp-pp-dp"] < sends["tp-cp-dp-pp"]
+
+
 @pytest.mark.parametrize(
     ("more", "code", "said"),
     [

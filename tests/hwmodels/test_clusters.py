@@ -192,3 +192,18 @@ def test_own_cluster_with_own_device_beside_it(tmp_path: Path) -> None:
     assert cluster.device.id == "mine"
     assert cluster.num_accelerators == 24
     assert cluster.max_accelerators is None
+
+
+@pytest.mark.parametrize(
+    ("name", "num_bytes"),
+    [
+        ("dgx-1-v100", 512e9), ("dgx-a100-40gb", 1e12), ("dgx-a100-80gb", 2e12),
+        ("dgx-h100", 2e12), ("aws-p4d", 1152 * 2**30), ("aws-p5", 2 * 2**40),
+        ("gb200-nvl72", 17.28e12 / 18), ("hgx-h100", None),
+    ],
+)  # fmt: skip
+def test_host_memory_is_that_of_the_system_as_sold(name: str, num_bytes: float | None) -> None:
+    """A board (HGX) has no host of its own."""
+    found = catalog.cluster(name)
+    assert found.host_memory_bytes == num_bytes
+    assert ("host_memory_bytes" in found.sources) == (num_bytes is not None)

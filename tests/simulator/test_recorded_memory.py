@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from hwmodels.errors import InputError
 from simulator.planners.storage import Tensors, place
-from simulator.recorded_memory import BEFORE, load_recording
+from simulator.recorded_memory import BEFORE, KNOWN, load_recording
 
 MIB = 2**20
 
@@ -87,6 +89,67 @@ def test_an_address_used_again_is_another_tensor(tmp_path: Path) -> None:
     assert Tensors.of(found.timeline).sizes.tolist() == [512, 1024]
 
 
+def without(layout: Any, *keys: str) -> Any:
+    """A layout with those keys left out, however deep."""
+    if isinstance(layout, dict):
+        return {k: without(v, *keys) for k, v in layout.items() if k not in keys}
+    return [without(one, *keys) for one in layout] if isinstance(layout, list) else layout
+
+
+def layouts() -> dict[str, Any]:
+    """One recording as releases write it: fields of torch 2.1 and of 2.13, and frees left out."""
+    old = snapshot(STEP, segments=HELD)
+    new = snapshot(
+        [one | {"time_us": i, "pool_id": (0, 0), "compile_context": "N/A", "user_metadata": ""}
+         for i, one in enumerate(STEP)]
+        + [{"action": "oom", "device_free": 2**30, "size": 2**40, "stream": 0, "time_us": 99},
+           {"action": "snapshot", "addr": 0, "size": 0, "stream": 0}],
+        segments=[one | {"is_expandable": False, "segment_pool_id": (0, 0), "segment_type": "large"}
+                  for one in HELD],
+    ) | {"external_annotations": []}  # fmt: skip
+    completed = [
+        one | {"action": "free_completed"} if one["action"] == "free_requested" else one
+        for one in STEP if one["action"] != "free_completed"
+    ]  # fmt: skip
+    return {
+        "2.1": without(old, "frames", "requested_size") | {"allocator_settings": {}},
+        "2.13": new,
+        "skipped frees": snapshot(completed, segments=HELD),
+    }
+
+
+@pytest.mark.parametrize("layout", layouts())
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_every_layout_reads_alike(layout: str, protocol: int, tmp_path: Path) -> None:
+    content = pickle.dumps(layouts()[layout], protocol=protocol)
+    found = load_recording(written(tmp_path / "s.pickle", content))
+    tensors = Tensors.of(found.timeline)
+    sizes = sorted(tensors.sizes.tolist())
+    assert sizes == [MIB, 2 * MIB, 2 * MIB, 4 * MIB, 6 * MIB]
+    assert (tensors.live_bytes, found.reserved_bytes) == (11 * MIB, 18 * MIB)
+
+
+def test_expandable_segments_count_what_is_mapped(tmp_path: Path) -> None:
+    trace = [
+        entry("segment_map", 0, 4 * MIB), entry("alloc", 0, 3 * MIB),
+        entry("segment_map", 4 * MIB, 4 * MIB), entry("free_requested", 0, 3 * MIB),
+        entry("segment_unmap", 4 * MIB, 4 * MIB),
+    ]  # fmt: skip
+    held = segment(0, 4 * MIB, (4 * MIB, "inactive")) | {"is_expandable": True}
+    found = load_recording(written(tmp_path / "s.pickle", snapshot(trace, segments=[held])))
+    assert found.reserved_bytes == 8 * MIB
+
+
+def test_the_installed_release_has_the_actions_that_are_known() -> None:
+    """torch's own header: an action more would be a layout that is not read."""
+    header = Path(torch.__file__).parent / "include/c10/core/CachingDeviceAllocator.h"
+    if not header.is_file():
+        pytest.skip("this release keeps its trace actions elsewhere")
+    body = header.read_text().split("enum Action {", 1)[1].split("};", 1)[0]
+    actions = re.findall(r"^\s*([A-Z_]+)\b", body, flags=re.MULTILINE)
+    assert {a.lower() for a in actions} <= set(KNOWN) and len(actions) == 9
+
+
 class Evil:
     """Runs a command when an ordinary unpickler loads it."""
 
@@ -113,6 +176,21 @@ class Evil:
         (snapshot(), "no actions"),
         (snapshot([entry("alloc", 0, 8), entry("alloc", 0, 8)]), "allocated twice"),
         (snapshot([entry("alloc", 0, 8)], segments=[{"address": 0}]), "segment without blocks"),
+        (snapshot([entry("alloc", 0, 2**63)]), "without addr or size"),
+        (snapshot([entry("alloc", 0, 8, stream="s")]), "stream is no number"),
+        (snapshot([entry("alloc", 0, 8, frames=[7])]), "frames are no list of dictionaries"),
+        (
+            snapshot([entry("alloc", 0, 8)], segments=[segment(0, 8) | {"total_size": "8"}]),
+            "segment without address or total_size",
+        ),
+        (
+            snapshot([entry("alloc", 0, 8)], segments=[segment(0, 8, (8, "resting"))]),
+            "unknown state 'resting'",
+        ),
+        (
+            snapshot([entry("alloc", 0, 8)], segments=[segment(0, 8) | {"blocks": [{}]}]),
+            "block without size",
+        ),
     ],
 )
 def test_what_is_no_snapshot_is_refused_in_a_line(

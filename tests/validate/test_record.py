@@ -9,8 +9,18 @@ from pathlib import Path
 import pytest
 
 from hwmodels.errors import InputError
-from validate.record import Case, Environment, Record, RecordWriter, digest, read_records
-from validate.timer import ReplayTimer, Timer
+from validate.record import (
+    Case,
+    Environment,
+    Record,
+    RecordWriter,
+    Refused,
+    Trial,
+    digest,
+    read_records,
+    read_refused,
+)
+from validate.timer import ReplayTimer, Timer, Unmeasured
 
 ENVIRONMENT = Environment(
     gpu="H100-SXM-80GB",
@@ -77,7 +87,10 @@ def test_wherever_the_writer_is_killed_only_the_last_record_is_at_stake(tmp_path
         ("[1]", "expected the fields"),
         ("{}", "expected the fields"),
         (record(1).line().replace('{"m":1,"n":64}', "[1,64]"), "params is no JSON object"),
-        (record(1).line().replace('"version":1', '"version":9'), "version 9 is unknown"),
+        (record(1).line().replace('"version":2', '"version":9'), "version 9 is unknown"),
+        (record(1).line().replace('"version":2', '"version":1'), "expected the fields"),
+        (record(1).line().replace('"flags":[]', '"flags":{}'), "flags or tried"),
+        (record(1).line().replace('"row":null', '"row":{}'), "family, op and params"),
         (record(1).line().replace('"gpu":', '"gpux":'), "environment: expected the fields"),
         (record(1).line().replace("cold", "tepid"), "l2_state 'tepid' is unknown"),
         (record(1).line().replace('"seconds":1e-05', '"seconds":-1'), "seconds = -1"),
@@ -112,6 +125,51 @@ def test_digests_name_the_content_and_not_the_order() -> None:
 
 def test_replay_answers_what_was_recorded_last() -> None:
     timer: Timer = ReplayTimer([record(1), record(2), record(1, 3e-5)])
-    assert timer.measure(Case(op="gemm", dtype="bf16", params={"n": 64, "m": 1})).seconds == 3e-5
-    with pytest.raises(InputError, match="no record of gemm bf16"):
-        timer.measure(Case(op="gemm", dtype="bf16", params={"m": 3, "n": 64}))
+    assert timer.measure(trial(1)).seconds == 3e-5
+    assert timer.environment == ENVIRONMENT
+    with pytest.raises(InputError, match="no record of gemm/ bf16 n=64 m=3"):
+        timer.measure(trial(3))
+
+
+def test_replay_repeats_refusals_and_needs_records() -> None:
+    entry = Refused(trial=trial(7), gpu="g", kind="memory", reason="out of memory", measured_at="t")
+    timer = ReplayTimer([record(1)], [entry])
+    with pytest.raises(Unmeasured, match="out of memory") as caught:
+        timer.measure(trial(7))
+    assert caught.value.kind == "memory"
+    with pytest.raises(InputError, match="nothing to replay"):
+        ReplayTimer([])
+
+
+def test_refusals_come_back_as_they_were(tmp_path: Path) -> None:
+    entry = Refused(trial=trial(7), gpu="g", kind="wrong", reason="error 0.3", measured_at="t")
+    with RecordWriter(tmp_path / "refusals.jsonl") as writer:
+        writer.append(entry)
+    assert read_refused(tmp_path / "refusals.jsonl") == (entry,)
+    assert read_refused(tmp_path / "none.jsonl") == ()
+    with pytest.raises(InputError, match="kind 'odd' is unknown"):
+        Refused(trial=trial(7), gpu="g", kind="odd", reason="", measured_at="t")
+
+
+OLD_LINE = (
+    '{"case":{"dtype":"bf16","op":"gemm","params":{"m":1,"n":64}},"environment":{"driver":"570.86",'
+    '"gpu":"H100-SXM-80GB","l2_state":"cold","memory_clock_hz":2619000000.0,"sm_clock_hz":'
+    '1755000000.0,"versions":{"cuda":"12.8"}},"measured_at":"2026-11-21T02:00:00Z","repetitions":'
+    '100,"seconds":1e-05,"spread_frac":0.02,"version":1}'
+)
+
+
+def test_lines_of_version_1_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text(OLD_LINE + "\n" + record(2).line() + "\n")
+    old, new = read_records(path).records
+    assert old == record(1) and new == record(2)
+    assert old.trial.kernel == "gemm" and old.half_width_frac is None
+
+
+def trial(m: int) -> Trial:
+    return Trial(
+        kernel="gemm",
+        implementation="",
+        case=Case(op="gemm", dtype="bf16", params={"n": 64, "m": m}),
+    )

@@ -53,7 +53,7 @@ def one_line_error(path: Path) -> str:
 
 def test_every_example_loads_under_its_file_name() -> None:
     paths = sorted(Path("examples").glob("*.json"))
-    assert len(paths) == 16
+    assert len(paths) == 20
     for path in paths:
         cfg = load_model(path)
         assert cfg.name == path.stem

@@ -33,10 +33,15 @@ EXACT = {
     "gemma-7b": 8_537_680_896,
     "gemma-2-9b": 9_241_705_984,
     "deepseek-v3": 671_026_419_200,
+    "bamba-9b": 9_780_235_392,
+    "jamba-v0.1": 51_570_323_328,
+    "qwen3-next-80b-a3b": 79_674_391_296,
+    "lfm2-1.2b": 1_170_340_608,
     "linear-llama3-1b": 2 * 128_256 * 2048 + 16 * (4 * 2048**2 + 3 * 2048 * 5504) + 33 * 2048,
 }
-"""Parameters of the published checkpoints; DeepSeek-V3 without its MTP module, LASP-2's model by
-its sizes, GPT-1T by Narayanan et al.'s equation 2 (1008.0 billion), and the last norm's bias."""
+"""Parameters of the published checkpoints; DeepSeek-V3 and Qwen3-Next without MTP modules, LASP-2's
+model by its sizes, GPT-1T by Narayanan et al.'s equation 2 (1008.0 billion), and the last norm's
+bias."""
 
 ACTIVE = {"mixtral-8x7b": 12_879_925_248, "qwen3-30b-a3b": 3_353_032_704}
 
@@ -77,7 +82,8 @@ def test_matmul_weights_are_the_active_ones_less_norms_biases_and_lookups(name: 
     count = count_parameters(cfg)
     left = count.active - matmul_parameters(cfg)
     lookups = count.positions + (0 if cfg.tied_embeddings else count.embedding)
-    biases_and_norms = left - lookups
+    taps = cfg.num_mixer_layers * cfg.mixer.small() if cfg.mixer else 0
+    biases_and_norms = left - lookups - taps
     assert 0 < biases_and_norms <= 40 * cfg.num_layers * cfg.hidden_dim
 
 

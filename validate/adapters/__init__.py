@@ -7,6 +7,7 @@ the bound stays a bound; a row of which we would count too much is refused.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Final
 
@@ -20,12 +21,14 @@ from validate.adapters import (
     mla_decode,
     mla_prefill,
     moe,
+    recorded,
     rnn,
     scan,
     unknown,
 )
 from validate.adapters.part import Part, Uncounted
 from validate.measurement import Measurement
+from validate.recorded import is_ours, run_of
 
 __all__ = ["ADAPTERS", "TRAINING_FAMILY", "Part", "Uncounted", "is_training_step", "parts"]
 
@@ -57,7 +60,15 @@ def parts(row: Measurement) -> tuple[Part, ...]:
         raise Uncounted("the metric is not a time")
     adapter = ADAPTERS.get(row.op)
     try:
-        found = unknown.parts_of(row, ADAPTERS) if adapter is None else adapter(row)
+        if adapter is not None:
+            found = adapter(row)
+        elif recorded.is_kernel(row):
+            found = recorded.parts_of(row)
+        else:
+            found = unknown.parts_of(row, ADAPTERS)
+        if is_ours(row.source) and row.op not in collective.ADAPTERS:
+            run = run_of(row.source)
+            found = tuple(dataclasses.replace(part, conditions=run) for part in found)
         hash(tuple((p.fixed, p.conditions) for p in found))  # a list has no place there
     except KeyError as why:
         raise Uncounted(f"the params lack {why.args[0]!s:.30}, or it has no known value") from why

@@ -14,6 +14,7 @@ from hwmodels.dtypes import FP16, FP32
 from simulator.kernel_time.model import REPLAYED, Conditions
 from validate.adapters.part import Part, framework, last_name, part, plain_dtype, uncounted
 from validate.measurement import Measurement
+from validate.recorded import is_own_kernel
 from workloads.ops.chunk_scan import MambaChunkScan
 from workloads.ops.delta_rule import GatedDeltaRule, GatedDeltaStep
 from workloads.ops.fft_convolution import FFTConvolution
@@ -146,7 +147,8 @@ def _fft(row: Measurement) -> tuple[Part, ...]:
     p = row.params
     if p.get("direction", "fwd") != "fwd":
         uncounted("the backward pass of a long convolution has no count yet")
-    op = FlashFFTConv if last_name(row) == "flashfftconv" else FFTConvolution
+    fused = last_name(row) == "flashfftconv" or is_own_kernel(row.source)
+    op = FlashFFTConv if fused else FFTConvolution
     sizes = {"batch": p["batch"], "len_seq": p["seq"], "channels": p["d_model"]}
     flags = {"gated": bool(p.get("gated", 0)), "circular": _is_power_of_two(p["seq"])}
     return (part(op, sizes, _replayed(""), dtype=plain_dtype(row), **flags),)

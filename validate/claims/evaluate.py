@@ -120,6 +120,7 @@ _MODULES: Final[Mapping[str, str]] = {
         "sequence_parallel",
     ),
     "bytescale": "variable_length",
+    "prepacking": "prepacking",
 }
 """Where the evaluator of each system lives: `evaluate_<id>` of that module of this package."""
 

@@ -57,6 +57,9 @@ MODELS: Final[Mapping[str, TransformerConfig]] = {
     "mistral-7b": _llama("mistral-7b", 32, 4096, 32, 8, 14336),
     # Qwen/Qwen2-7B (its query, key and value biases left out)
     "qwen2-7b": _llama("qwen2-7b", 28, 3584, 28, 4, 18944, 152064),
+    # princeton-nlp/Sheared-LLaMA-1.3B; TinyLlama/TinyLlama-1.1B
+    "sheared-llama-1.3b": _llama("sheared-llama-1.3b", 24, 2048, 16, 16, 5504),
+    "tinyllama-1.1b": _llama("tinyllama-1.1b", 22, 2048, 32, 4, 5632),
     # facebook/opt configs
     "opt-6.7b": _gpt("opt-6.7b", 32, 4096, 32), "opt-30b": _gpt("opt-30b", 48, 7168, 56),
     # Brown et al. 2020 (arXiv 2005.14165), table 2.1

@@ -277,7 +277,13 @@ def _times(case: _Case) -> _Times:
     total = np.zeros(6)
     for held in _batches(case):
         ours = plan_step(
-            held, cost, case.num_gpus, prove=False, extra_splits=1, time_limit_s=UNHURRIED_S
+            held,
+            cost,
+            case.num_gpus,
+            prove=False,
+            by_time=False,
+            extra_splits=1,
+            time_limit_s=UNHURRIED_S,
         )
         degree = cost.least_degree(case.max_seq)
         static = homogeneous_step(held, cost, case.num_gpus, degree)

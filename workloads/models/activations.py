@@ -9,7 +9,9 @@ as s b h (34 + 5 a s / h).
 Kept once although two ops need it: the output of attention (its own backward, and the input of
 the output projection). Not kept: outputs of residual additions, what a transient needs, row
 statistics of norms, token ids. Context parallelism divides the tokens; the K and V that travel
-round the ring are buffers, not saved tensors.
+round the ring are buffers, not saved tensors. Mixers in the place of attention keep what
+`workloads.models.mixers` lists, under selective recomputation too: the policy told above names
+attention's scores only.
 """
 
 from __future__ import annotations
@@ -20,8 +22,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from hwmodels.dtypes import BF16, FP32, DType
-from workloads.models.architecture import LatentAttention, TransformerConfig
+from workloads.models.architecture import (
+    LatentAttention,
+    TransformerConfig,
+    has_block,
+    mixer_of,
+)
 from workloads.models.experts import load_of
+from workloads.models.mixers import AnyMixer
 from workloads.models.parameters import heads_per_rank, moe_of
 from workloads.numeric import Condition, Num, ceil_div, minimum, where
 from workloads.plan import Plan, Recompute
@@ -79,12 +87,18 @@ def saved_tensors(
     moe = moe_of(cfg, kind)
     whole, e = cfg.hidden_dim, dtype.bytes_per_element
     tensors = [_rows("attention_norm.input", whole, e), _rows("attention.input", whole, e)]
-    tensors += _heads(cfg, tp, e)
-    tensors += _scores(cfg, tp, len_seq, e, materialised=materialised, dropout=dropout)
+    mixer = mixer_of(cfg, kind)
+    if mixer is None:
+        tensors += _heads(cfg, tp, e)
+        tensors += _scores(cfg, tp, len_seq, e, materialised=materialised, dropout=dropout)
+    else:
+        tensors += _mixer(mixer, tp, e)
     if cfg.norms_per_layer == 4:
         tensors.append(_rows("attention_post_norm.input", whole, e))
     if dropout:
         tensors.append(_rows("attention.dropout_mask", whole, MASK_BYTES))
+    if not has_block(kind):
+        return tuple(tensors)
     tensors += [_rows("mlp_norm.input", whole, e), _rows("mlp.input", whole, e)]
     if moe is None:
         tensors += _block(cfg, "mlp", ceil_div(cfg.mlp.ffn_dim, tp), e)
@@ -114,6 +128,12 @@ def _split(name: str, elements: Num, size_bytes: float, *, recomputed: bool = Fa
     )
 
 
+def _mixer(mixer: AnyMixer, tp: Num, e: float) -> list[SavedTensor]:
+    """What the ops of a mixer take; no selective policy names any of them."""
+    wide = FP32.bytes_per_element
+    return [_split(f"mixer.{t.name}", t.elements, wide if t.wide else e) for t in mixer.kept(tp)]
+
+
 def _heads(cfg: TransformerConfig, tp: Num, e: float) -> list[SavedTensor]:
     """Q, K and V as attention takes them, and what the norms before them need."""
     spec = cfg.attention
@@ -139,10 +159,13 @@ def _scores(
     spec = cfg.attention
     q, _ = heads_per_rank(spec.num_heads, spec.num_kv_heads, tp)
     out = _split("attention.output", q * spec.v_head_dim, e)
+    gate = []
+    if not isinstance(spec, LatentAttention) and spec.out_gate:
+        gate = [_split(name, q * spec.v_head_dim, e) for name in ("out_gate.input", "out.input")]
     if not materialised:
         rows = q if not cfg.num_linear_layers else q * (1 - cfg.linear_frac)
-        return [out, _split("attention.logsumexp", rows, FP32.bytes_per_element)]
-    tensors = [out, _split("softmax.output", q * len_seq, e, recomputed=True)]
+        return [out, _split("attention.logsumexp", rows, FP32.bytes_per_element), *gate]
+    tensors = [*gate, out, _split("softmax.output", q * len_seq, e, recomputed=True)]
     if dropout:
         tensors.append(_split("softmax.dropout_mask", q * len_seq, MASK_BYTES, recomputed=True))
         tensors.append(_split("softmax.dropout_output", q * len_seq, e, recomputed=True))
@@ -289,7 +312,8 @@ def kv_cache_bytes(
     """Bytes of the K/V cache of `batch` sequences on one rank, ceil(num_layers / pp) layers of it.
 
     A windowed layer keeps its window only. Latent attention keeps one latent per token, a copy on
-    every tensor-parallel rank. Layers with and without window are spread evenly over the stages.
+    every tensor-parallel rank. Layers with and without window are spread evenly over the stages,
+    and so are mixers, which keep their states whatever the length.
 
     >>> from workloads.models.config import load_hf_config
     >>> kv_cache_bytes(load_hf_config("examples/llama3-8b.json"), batch=1, len_context=1)
@@ -306,4 +330,19 @@ def kv_cache_bytes(
     if cfg.window:
         length = length + frac * minimum(cfg.window, len_context)
     layers = ceil_div(cfg.num_layers, plan.pp)
-    return layers * batch * length * width * dtype.bytes_per_element / plan.cp
+    if cfg.mixer is not None:
+        length = length * cfg.num_attention_layers / cfg.num_layers
+    cached = layers * batch * length * width * dtype.bytes_per_element / plan.cp
+    return cached + layers * batch * mixer_state_bytes(cfg, tp=plan.tp, dtype=dtype)
+
+
+def mixer_state_bytes(cfg: TransformerConfig, *, tp: Num = 1, dtype: DType = BF16) -> Num:
+    """Bytes that one sequence leaves behind in the mean layer of a rank: 0 without mixers.
+
+    States of a scan are fp32, as its kernels take them; what a convolution remembers is in `dtype`.
+    """
+    if cfg.mixer is None:
+        return 0
+    held = cfg.mixer.states(tp)
+    each = held.scan * FP32.bytes_per_element + held.conv * dtype.bytes_per_element
+    return cfg.num_mixer_layers / cfg.num_layers * each

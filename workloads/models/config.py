@@ -1,4 +1,4 @@
-"""Decoder-only transformers as data, read from the `config.json` of Hugging Face transformers.
+"""Decoder-only models as data, read from the `config.json` of Hugging Face transformers.
 
 `load_hf_config(path)` keeps the figures that decide counts: sizes, heads, experts, biases, norms,
 windows. What changes no count is dropped (rope base and scaling, epsilons, soft caps, initial
@@ -19,6 +19,9 @@ values, token ids). A key that its configuration class may leave out takes that 
     opt                  word_embed_proj_dim = hidden_size, biased, pre-norm, tied
     deepseek_v2, _v3     q_lora_rank 1536 (null: one full-rank projection), moe_layer_freq 1
 
+Stacks with scans or convolutions are `hybrid_configs`'s: mamba, falcon_mamba, mamba2, bamba, jamba,
+qwen3_next, lfm2.
+
 Multi-token-prediction modules (DeepSeek-V3) and vision towers are not part of what is read.
 """
 
@@ -32,13 +35,21 @@ from typing import Final
 from hwmodels.errors import InputError, SpecError, UnknownNameError
 from workloads.models.architecture import (
     LAYER_NORM,
-    AnyAttention,
     Attention,
     LatentAttention,
     Mlp,
     Moe,
     TransformerConfig,
 )
+from workloads.models.config_parts import (
+    ACTIVATIONS,
+    attention_of,
+    build,
+    gated_of,
+    head_dim_of,
+    num_layers_of,
+)
+from workloads.models.hybrid_configs import HYBRIDS
 from workloads.models.keys import Keys, read_object
 
 __all__ = [
@@ -52,19 +63,6 @@ __all__ = [
     "load_hf_config",
     "load_model",
 ]
-
-ACTIVATIONS: Final = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu",
-    "gelu_fast": "gelu",
-    "gelu_pytorch_tanh": "gelu",
-    "relu": "relu",
-}
-"""Activation names of configs, and the one of three counts each stands for."""
-
-MAX_LAYERS: Final = 10**5
 
 
 def load_model(path: str | Path) -> TransformerConfig:
@@ -103,99 +101,15 @@ def load_hf_config(path: str | Path) -> TransformerConfig:
         raise InputError(f"{file}: {error}") from None
 
 
-def _attention(
-    keys: Keys,
-    *,
-    num_kv_heads: int | None = None,
-    num_heads: int | None = None,
-    head_dim: int | None = None,
-    qkv_bias: bool | None = None,
-    qk_norm: bool = False,
-) -> Attention:
-    """Grouped attention from the usual keys; the arguments are the family's defaults."""
-    heads = keys.size("num_attention_heads", num_heads)
-    kv = keys.size("num_key_value_heads", num_kv_heads or heads)
-    if heads % kv:
-        problem = f"is {kv}, which does not divide num_attention_heads = {heads}"
-        keys.fail("num_key_value_heads", problem, f"give a divisor of {heads}")
-    width = _head_dim(keys, "hidden_size", "num_attention_heads", heads, head_dim)
-    bias = keys.flag("attention_bias", False)
-    return Attention(
-        num_heads=heads,
-        num_kv_heads=kv,
-        head_dim=width,
-        rope_dim=max(2 * int(width * keys.fraction("partial_rotary_factor", 1.0) / 2), 2),
-        qkv_bias=bias if qkv_bias is None else qkv_bias,
-        out_bias=bias,
-        qk_norm=qk_norm,
-    )
-
-
-def _head_dim(keys: Keys, hidden_key: str, heads_key: str, heads: int, default: int | None) -> int:
-    """`head_dim`, else the family's default, else the hidden size over the heads."""
-    if default is not None or keys.has("head_dim"):
-        return keys.size("head_dim", default)
-    hidden = keys.size(hidden_key)
-    if hidden % heads:
-        problem = f"is {hidden}, which {heads_key} = {heads} does not divide"
-        keys.fail(hidden_key, problem, "mend one of them or add head_dim")
-    return hidden // heads
-
-
-def _num_layers(keys: Keys, key: str = "num_hidden_layers") -> int:
-    return keys.size(key, most=MAX_LAYERS)
-
-
-def _gated(keys: Keys, *keys_of_activation: str, default: str = "silu") -> Mlp:
-    """A gated block; the first activation key that is present counts."""
-    present = [k for k in keys_of_activation if keys.has(k)]
-    return Mlp(
-        ffn_dim=keys.size("intermediate_size"),
-        gated=True,
-        activation=keys.choice(present[0] if present else "hidden_act", default, ACTIVATIONS),
-        bias=keys.flag("mlp_bias", False),
-    )
-
-
 def _windowed(keys: Keys, default_layers: int) -> int:
     """Layers with a sliding window: counted in `layer_types` where given."""
     kinds = keys.items("layer_types")
     return kinds.count("sliding_attention") if kinds else default_layers
 
 
-def _build(
-    keys: Keys,
-    name: str,
-    *,
-    attention: AnyAttention,
-    mlp: Mlp | None = None,
-    moe: Moe | None = None,
-    tied: bool = False,
-    norms_per_layer: int = 2,
-    vocab_size: int | None = None,
-    window: tuple[int | None, int] = (None, 0),
-) -> TransformerConfig:
-    """What the families with RMSNorm and rotary positions have in common."""
-    width, num_windowed = window
-    return TransformerConfig(
-        name=name,
-        family=keys.text("model_type", "?"),
-        hidden_dim=keys.size("hidden_size"),
-        num_layers=_num_layers(keys),
-        vocab_size=keys.size("vocab_size", vocab_size),
-        attention=attention,
-        mlp=mlp or _gated(keys),
-        moe=moe,
-        norms_per_layer=norms_per_layer,
-        tied_embeddings=keys.flag("tie_word_embeddings", tied),
-        window=width if num_windowed else None,
-        num_windowed_layers=num_windowed if width else 0,
-    )
-
-
 def _llama(keys: Keys, name: str) -> TransformerConfig:
     linear = keys.items("layer_types").count("linear_attention")
-    whole = _build(keys, name, attention=_attention(keys))
+    whole = build(keys, name, attention=attention_of(keys))
     if linear > whole.num_layers:
         keys.fail("layer_types", f"has {linear} linear layers of {whole.num_layers}", "mend it")
     return replace(whole, num_linear_layers=linear)
@@ -203,20 +117,20 @@ def _llama(keys: Keys, name: str) -> TransformerConfig:
 
 def _phi3(keys: Keys, name: str) -> TransformerConfig:
     window = keys.size("sliding_window") if keys.has("sliding_window") else None
-    layers = _num_layers(keys)
-    return _build(keys, name, attention=_attention(keys), window=(window, layers))
+    layers = num_layers_of(keys)
+    return build(keys, name, attention=attention_of(keys), window=(window, layers))
 
 
 def _mistral(keys: Keys, name: str) -> TransformerConfig:
     # Later checkpoints switch the window off with an explicit null; only absence means 4096.
     off = "sliding_window" in keys.values and not keys.has("sliding_window")
     window = None if off else keys.size("sliding_window", 4096)
-    attention = _attention(keys, num_kv_heads=8)
-    return _build(keys, name, attention=attention, window=(window, _num_layers(keys)))
+    attention = attention_of(keys, num_kv_heads=8)
+    return build(keys, name, attention=attention, window=(window, num_layers_of(keys)))
 
 
 def _mixtral(keys: Keys, name: str) -> TransformerConfig:
-    layers = _num_layers(keys)
+    layers = num_layers_of(keys)
     window = keys.size("sliding_window") if keys.has("sliding_window") else None
     moe = Moe(
         num_experts=keys.size("num_local_experts", 8),
@@ -224,26 +138,26 @@ def _mixtral(keys: Keys, name: str) -> TransformerConfig:
         expert_ffn_dim=keys.size("intermediate_size"),
         layers=tuple(range(layers)),
     )
-    attention = _attention(keys, num_kv_heads=8)
-    return _build(keys, name, attention=attention, moe=moe, window=(window, layers))
+    attention = attention_of(keys, num_kv_heads=8)
+    return build(keys, name, attention=attention, moe=moe, window=(window, layers))
 
 
 def _qwen_window(keys: Keys) -> tuple[int | None, int]:
     if not keys.flag("use_sliding_window", False):
         return None, 0
-    layers = _num_layers(keys)
+    layers = num_layers_of(keys)
     first = keys.size("max_window_layers", 28, least=0)
     return keys.size("sliding_window", 4096), _windowed(keys, max(layers - first, 0))
 
 
 def _qwen2(keys: Keys, name: str) -> TransformerConfig:
-    attention = _attention(keys, num_kv_heads=32, qkv_bias=True)
-    return _build(keys, name, attention=attention, window=_qwen_window(keys))
+    attention = attention_of(keys, num_kv_heads=32, qkv_bias=True)
+    return build(keys, name, attention=attention, window=_qwen_window(keys))
 
 
 def _qwen3(keys: Keys, name: str) -> TransformerConfig:
-    attention = _attention(keys, num_kv_heads=32, head_dim=128, qk_norm=True)
-    return _build(keys, name, attention=attention, window=_qwen_window(keys))
+    attention = attention_of(keys, num_kv_heads=32, head_dim=128, qk_norm=True)
+    return build(keys, name, attention=attention, window=_qwen_window(keys))
 
 
 def _qwen3_moe(keys: Keys, name: str) -> TransformerConfig:
@@ -252,25 +166,27 @@ def _qwen3_moe(keys: Keys, name: str) -> TransformerConfig:
         num_experts=keys.size("num_experts"),
         num_active=keys.size("num_experts_per_tok"),
         expert_ffn_dim=keys.size("moe_intermediate_size"),
-        layers=tuple(i for i in range(_num_layers(keys)) if (i + 1) % step == 0 and i not in dense),
+        layers=tuple(
+            i for i in range(num_layers_of(keys)) if (i + 1) % step == 0 and i not in dense
+        ),
     )
-    attention = _attention(keys, num_kv_heads=4, qk_norm=True)
-    return _build(keys, name, attention=attention, moe=moe, window=_qwen_window(keys))
+    attention = attention_of(keys, num_kv_heads=4, qk_norm=True)
+    return build(keys, name, attention=attention, moe=moe, window=_qwen_window(keys))
 
 
 def _gemma(keys: Keys, name: str) -> TransformerConfig:
-    attention = _attention(keys, num_kv_heads=16, head_dim=256)
-    mlp = _gated(keys, "hidden_activation", "hidden_act", default="gelu_pytorch_tanh")
-    return _build(keys, name, attention=attention, mlp=mlp, tied=True)
+    attention = attention_of(keys, num_kv_heads=16, head_dim=256)
+    mlp = gated_of(keys, "hidden_activation", "hidden_act", default="gelu_pytorch_tanh")
+    return build(keys, name, attention=attention, mlp=mlp, tied=True)
 
 
 def _gemma2(keys: Keys, name: str) -> TransformerConfig:
-    windowed = _windowed(keys, -(-_num_layers(keys) // 2))
-    return _build(
+    windowed = _windowed(keys, -(-num_layers_of(keys) // 2))
+    return build(
         keys,
         name,
-        attention=_attention(keys, num_kv_heads=4, head_dim=256),
-        mlp=_gated(keys, "hidden_activation", "hidden_act", default="gelu_pytorch_tanh"),
+        attention=attention_of(keys, num_kv_heads=4, head_dim=256),
+        mlp=gated_of(keys, "hidden_activation", "hidden_act", default="gelu_pytorch_tanh"),
         tied=True,
         norms_per_layer=4,
         window=(keys.size("sliding_window", 4096), windowed),
@@ -278,13 +194,13 @@ def _gemma2(keys: Keys, name: str) -> TransformerConfig:
 
 
 def _gemma3_text(keys: Keys, name: str) -> TransformerConfig:
-    layers = _num_layers(keys)
+    layers = num_layers_of(keys)
     windowed = _windowed(keys, layers - layers // keys.size("sliding_window_pattern", 6))
-    return _build(
+    return build(
         keys,
         name,
-        attention=_attention(keys, num_heads=8, num_kv_heads=4, head_dim=256, qk_norm=True),
-        mlp=_gated(keys, "hidden_activation", default="gelu_pytorch_tanh"),
+        attention=attention_of(keys, num_heads=8, num_kv_heads=4, head_dim=256, qk_norm=True),
+        mlp=gated_of(keys, "hidden_activation", default="gelu_pytorch_tanh"),
         tied=True,
         norms_per_layer=4,
         vocab_size=262_208,
@@ -298,7 +214,7 @@ def _gemma3(keys: Keys, name: str) -> TransformerConfig:
 
 def _gpt2(keys: Keys, name: str) -> TransformerConfig:
     hidden, heads = keys.size("n_embd"), keys.size("n_head")
-    width = _head_dim(keys, "n_embd", "n_head", heads, None)
+    width = head_dim_of(keys, "n_embd", "n_head", heads, None)
     attention = Attention(
         num_heads=heads, num_kv_heads=heads, head_dim=width, qkv_bias=True, out_bias=True
     )
@@ -306,7 +222,7 @@ def _gpt2(keys: Keys, name: str) -> TransformerConfig:
         name=name,
         family="gpt2",
         hidden_dim=hidden,
-        num_layers=_num_layers(keys, "n_layer"),
+        num_layers=num_layers_of(keys, "n_layer"),
         vocab_size=keys.size("vocab_size"),
         attention=attention,
         mlp=Mlp(
@@ -328,13 +244,13 @@ OPT_POSITION_OFFSET: Final = 2
 def _opt(keys: Keys, name: str) -> TransformerConfig:
     hidden, heads = keys.size("hidden_size"), keys.size("num_attention_heads")
     bias = keys.flag("enable_bias", True)
-    width = _head_dim(keys, "hidden_size", "num_attention_heads", heads, None)
+    width = head_dim_of(keys, "hidden_size", "num_attention_heads", heads, None)
     pre_norm = keys.flag("do_layer_norm_before", True)
     return TransformerConfig(
         name=name,
         family="opt",
         hidden_dim=hidden,
-        num_layers=_num_layers(keys),
+        num_layers=num_layers_of(keys),
         vocab_size=keys.size("vocab_size"),
         attention=Attention(
             num_heads=heads, num_kv_heads=heads, head_dim=width, qkv_bias=bias, out_bias=bias
@@ -370,12 +286,12 @@ def _deepseek(keys: Keys, name: str) -> TransformerConfig:
         num_experts=keys.size("n_routed_experts"),
         num_active=keys.size("num_experts_per_tok"),
         expert_ffn_dim=width,
-        layers=tuple(i for i in range(_num_layers(keys)) if i >= first and i % step == 0),
+        layers=tuple(i for i in range(num_layers_of(keys)) if i >= first and i % step == 0),
         num_shared_experts=shared,
         shared_ffn_dim=shared * width,
         router_bias=keys.text("model_type") == "deepseek_v3",
     )
-    return _build(keys, name, attention=attention, moe=moe)
+    return build(keys, name, attention=attention, moe=moe)
 
 
 FAMILIES: Final[Mapping[str, Callable[[Keys, str], TransformerConfig]]] = {
@@ -394,5 +310,6 @@ FAMILIES: Final[Mapping[str, Callable[[Keys, str], TransformerConfig]]] = {
     "phi3": _phi3,
     "deepseek_v2": _deepseek,
     "deepseek_v3": _deepseek,
+    **HYBRIDS,
 }
 """Readers by `model_type`."""

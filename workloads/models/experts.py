@@ -27,6 +27,7 @@ import numpy as np
 from hwmodels.errors import InputError
 from workloads.models.architecture import Moe, TransformerConfig
 from workloads.numeric import Num, any_true, ceil_div, maximum, minimum, where
+from workloads.placement import misplaced_experts
 from workloads.plan import Plan
 
 EDGE = 1e-9
@@ -101,6 +102,8 @@ def check_experts(cfg: TransformerConfig, plan: Plan) -> None:
         bad = np.not_equal(np.mod(number, by), 0)
         if any_true(bad):
             raise InputError(f"{rule}; {_shown(number, by, bad)}")
+    for _, why in misplaced_experts(plan):
+        raise InputError(why)
 
 
 def _shown(number: Num, by: Num, bad: object) -> str:

@@ -15,7 +15,8 @@ from hwmodels.dtypes import FP32
 from workloads.models.architecture import Moe
 from workloads.models.block import Rank, Step, activation, pointwise, product
 from workloads.models.experts import expert_tokens, experts_hit, routed_rows
-from workloads.models.parameters import Projection, mlp_projections
+from workloads.models.parameters import mlp_projections
+from workloads.models.projection import Projection
 from workloads.numeric import Num, ceil_div
 from workloads.ops.grouped_matmul import GroupedMatmul
 
@@ -59,12 +60,15 @@ def moe_steps(rank: Rank) -> list[Step]:
     )
     has_shared = moe.shared_ffn_dim > 0
     shared = _block(rank, "shared.", "moe", moe.shared_ffn_dim, opening) if has_shared else []
+    if moe.shared_gate:
+        shared.insert(0, product(rank, "shared.gate", "moe", rank.rows, hidden, 1, after=opening))
+    beside = ["shared.down"] * has_shared + ["shared.gate"] * moe.shared_gate
     combine = Step(
         name="combine",
         part="moe",
         op=pointwise(elements, chosen + has_shared, 1, (2 * chosen - 1 + has_shared, 0), dtype),
         gradients=(("backward", pointwise(elements, 1 + chosen, chosen, (3 * chosen, 0), dtype)),),
-        after=("experts.down", "router", *(["shared.down"] if has_shared else [])),
+        after=("experts.down", "router", *beside),
     )
     return [router, dispatch, *_experts(rank, moe), *shared, combine]
 

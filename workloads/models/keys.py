@@ -129,6 +129,17 @@ class Keys:
             self.fail(key, f"is {_kind(value)}", "give a number from 0 to 1")
         return float(value)
 
+    def number(self, key: str, default: float) -> float:
+        """A number above 0."""
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            self.fail(key, f"is {_kind(value)}, not a number", f"write {key} as a number")
+        if not 0 < value <= MAX_SIZE:
+            self.fail(key, f"is {_kind(value)}", f"give a number above 0, up to {MAX_SIZE}")
+        return float(value)
+
     def choice(self, key: str, default: str, choices: Mapping[str, str]) -> str:
         """One of the `choices` by name, as what it stands for."""
         name = self.text(key, default)

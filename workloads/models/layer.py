@@ -1,20 +1,29 @@
-"""One layer of a transformer on one rank: attention, then a feed-forward block or its experts."""
+"""One layer on one rank: attention or a mixer, then a feed-forward block or its experts."""
 
 from __future__ import annotations
 
 from hwmodels.dtypes import BF16, DType
-from workloads.models.architecture import Attention, LatentAttention, TransformerConfig
+from workloads.models.architecture import (
+    Attention,
+    LatentAttention,
+    TransformerConfig,
+    has_block,
+    has_experts,
+    mixer_of,
+)
 from workloads.models.block import (
     Rank,
     Step,
     inner_norm,
     norm,
+    pointwise,
     product,
     residual,
     rotation,
     unrolled,
 )
 from workloads.models.feed_forward import dense_steps, moe_steps
+from workloads.models.mixer_layer import mixer_steps
 from workloads.models.parameters import attention_projections, heads_per_rank, moe_of
 from workloads.numeric import Num, any_true, maximum, minimum, where
 from workloads.op import Op
@@ -70,8 +79,13 @@ def layer(
         fused=fused,
         sequence_parallel=sequence_parallel,
     )
-    attention = [norm(rank, "attention_norm", opens_block=True), *_attention(rank)]
-    block = moe_steps(rank) if kind == "moe" else dense_steps(rank)
+    mixer = mixer_of(cfg, kind)
+    mixed = _attention(rank) if mixer is None else mixer_steps(rank, mixer)
+    attention = [norm(rank, "attention_norm", opens_block=True), *mixed]
+    if not has_block(kind):
+        last = residual(rank, "attention_residual", (attention[-1].name,))
+        return unrolled(f"{cfg.name} {kind} layer", [*attention, last], training)
+    block = moe_steps(rank) if has_experts(kind) else dense_steps(rank)
     if cfg.norms_per_layer == 4:
         attention.append(norm(rank, "attention_post_norm"))
         block.append(norm(rank, "mlp_post_norm"))
@@ -108,7 +122,20 @@ def _grouped(rank: Rank, spec: Attention) -> list[Step]:
         steps.append(inner_norm(rank, "qk_norm", rank.tokens * (q + kv), spec.head_dim))
     if spec.rope_dim:
         steps.append(rotation(rank, "rope", q + kv, spec.rope_dim))
-    return [*steps, *_scores(rank, q, kv, spec.head_dim, spec.head_dim)]
+    scores = _scores(rank, q, kv, spec.head_dim, spec.head_dim)
+    return [*steps, *scores, *([_out_gate(rank, q * spec.head_dim)] if spec.out_gate else [])]
+
+
+def _out_gate(rank: Rank, width: Num) -> Step:
+    """Attention's output times the sigmoid of its gate."""
+    elements = rank.tokens * width
+    backward = pointwise(elements, 3, 2, (5, 2), rank.dtype)
+    return Step(
+        name="out_gate",
+        part="attention",
+        op=pointwise(elements, 2, 1, (2, 2), rank.dtype),
+        gradients=(("backward", backward),),
+    )
 
 
 def _latent_query(rank: Rank, spec: LatentAttention) -> list[Step]:

@@ -6,21 +6,48 @@ v, the widening half of an MLP, the embedding and the head by vocabulary. Split 
 attention's output and the narrowing half of an MLP, whose biases every rank keeps. Kept whole:
 norms, learned positions, the router, the latent down-projections of latent attention. What does
 not divide is padded to the next whole shard, and a K/V head is copied where tp exceeds their
-number (Shoeybi et al. 2019, arXiv 1909.08053, and Megatron-LM's layout since).
+number (Shoeybi et al. 2019, arXiv 1909.08053, and Megatron-LM's layout since). Mixers in the place
+of attention are split as `workloads.models.mixers` says.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from hwmodels.errors import InputError
-from workloads.models.architecture import LatentAttention, Moe, TransformerConfig
+from workloads.models.architecture import (
+    LatentAttention,
+    Moe,
+    TransformerConfig,
+    has_block,
+    has_experts,
+    layers_between,
+    mixer_of,
+)
+from workloads.models.projection import Projection, by_name, heads_per_rank
 from workloads.numeric import Num, ceil_div, where
 from workloads.plan import Plan
+
+__all__ = [
+    "LayerParameters",
+    "ParameterCount",
+    "Projection",
+    "StageParameters",
+    "attention_projections",
+    "count_parameters",
+    "heads_per_rank",
+    "layer_parameters",
+    "matmul_parameters",
+    "mixer_projections",
+    "mlp_projections",
+    "moe_of",
+    "mtp_parameters",
+    "parameters_per_rank",
+    "projection_parameters",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,11 +60,12 @@ class LayerParameters:
     experts: Num = 0
     shared_experts: Num = 0
     norms: Num = 0
+    mixer: Num = 0
 
     @property
     def total(self) -> Num:
         """All parts."""
-        blocks = self.attention + self.mlp + self.router + self.experts
+        blocks = self.attention + self.mixer + self.mlp + self.router + self.experts
         return blocks + self.shared_experts + self.norms
 
     @property
@@ -52,7 +80,8 @@ class ParameterCount:
 
     `head` is 0 where the embedding is tied. `active` leaves out the experts a token did not
     choose and nothing else: the embedding, the head and the norms are in it. `dense_layer` and
-    `moe_layer` are one layer of either kind, None where the model has none.
+    `moe_layer` are one layer of either kind with attention, None where the model has none;
+    `mixers` is what stands in the place of attention.
     """
 
     embedding: int
@@ -68,11 +97,12 @@ class ParameterCount:
     dense_layer: LayerParameters | None
     moe_layer: LayerParameters | None
     mtp: int = 0
+    mixers: int = 0
 
     @property
     def layers(self) -> int:
         """Everything inside the layers, and the final norm."""
-        blocks = self.attention + self.mlp + self.router + self.experts
+        blocks = self.attention + self.mixers + self.mlp + self.router + self.experts
         return blocks + self.shared_experts + self.norms
 
     @property
@@ -107,34 +137,6 @@ class StageParameters:
         return self.dense + self.experts
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Projection:
-    """One weight matrix of [k, n] on one rank, with a bias of n where it has one."""
-
-    name: str
-    k: Num
-    n: Num
-    bias: bool = False
-
-    @property
-    def num_parameters(self) -> Num:
-        """Weights and bias."""
-        return (self.k + self.bias) * self.n
-
-
-def heads_per_rank(num_heads: int, num_kv_heads: int, tp: Num) -> tuple[Num, Num]:
-    """Query heads and K/V heads of one tensor-parallel rank.
-
-    K/V heads are padded to whole heads (one copy per rank where tp is larger than their number),
-    query heads to whole groups of equal size.
-
-    >>> heads_per_rank(32, 8, 4), heads_per_rank(32, 8, 16), heads_per_rank(32, 8, 3)
-    ((8, 2), (2, 1), (12, 3))
-    """
-    kv = ceil_div(num_kv_heads, tp)
-    return ceil_div(ceil_div(num_heads, tp), kv) * kv, kv
-
-
 def attention_projections(cfg: TransformerConfig, tp: Num = 1) -> dict[str, Projection]:
     """The matrices of one attention block on one of `tp` ranks, q, k and v as one.
 
@@ -144,9 +146,10 @@ def attention_projections(cfg: TransformerConfig, tp: Num = 1) -> dict[str, Proj
     spec, hidden = cfg.attention, cfg.hidden_dim
     q, kv = heads_per_rank(spec.num_heads, spec.num_kv_heads, tp)
     if not isinstance(spec, LatentAttention):
-        qkv = Projection(name="qkv", k=hidden, n=(q + 2 * kv) * spec.head_dim, bias=spec.qkv_bias)
+        heads = q * (1 + spec.out_gate) + 2 * kv
+        qkv = Projection(name="qkv", k=hidden, n=heads * spec.head_dim, bias=spec.qkv_bias)
         out = Projection(name="out", k=q * spec.head_dim, n=hidden, bias=spec.out_bias)
-        return _by_name(qkv, out)
+        return by_name((qkv, out))
     rank, bias = spec.q_lora_rank, spec.bias
     expanded = q * (spec.qk_nope_head_dim + spec.v_head_dim)
     matrices = [
@@ -157,7 +160,7 @@ def attention_projections(cfg: TransformerConfig, tp: Num = 1) -> dict[str, Proj
     ]
     if rank:
         matrices.insert(0, Projection(name="q_a", k=hidden, n=rank, bias=bias))
-    return _by_name(*matrices)
+    return by_name(matrices)
 
 
 def mlp_projections(
@@ -166,14 +169,8 @@ def mlp_projections(
     """`up` (gate and up side by side where gated) and `down` of one block, on one of `tp` ranks."""
     width = ceil_div(ffn_dim, tp)
     widening = 2 if cfg.mlp.gated else 1
-    return _by_name(
-        Projection(name="up", k=cfg.hidden_dim, n=widening * width, bias=bias),
-        Projection(name="down", k=width, n=cfg.hidden_dim, bias=bias),
-    )
-
-
-def _by_name(*matrices: Projection) -> dict[str, Projection]:
-    return {matrix.name: matrix for matrix in matrices}
+    up = Projection(name="up", k=cfg.hidden_dim, n=widening * width, bias=bias)
+    return by_name((up, Projection(name="down", k=width, n=cfg.hidden_dim, bias=bias)))
 
 
 def _parameters(matrices: dict[str, Projection]) -> Num:
@@ -199,7 +196,7 @@ def _inner_norms(cfg: TransformerConfig) -> int:
 def layer_parameters(
     cfg: TransformerConfig, kind: str, tp: Num = 1, ep: Num = 1, etp: Num | None = None
 ) -> LayerParameters:
-    """One layer of a kind, 'dense' or 'moe', on one rank of tp; routed experts of etp * ep.
+    """One layer of a kind, as 'dense' or 'moe', on one rank of tp; routed experts of etp * ep.
 
     `etp` is the number of ranks that split each expert, None: as many as tp.
 
@@ -209,17 +206,27 @@ def layer_parameters(
     >>> layer_parameters(load_hf_config("examples/llama3-8b.json"), "dense").attention
     41943040
     """
-    moe = moe_of(cfg, kind)
-    attention = _parameters(attention_projections(cfg, tp)) + _inner_norms(cfg)
-    norms = cfg.norms_per_layer * cfg.norm_dim
+    moe, mixer = moe_of(cfg, kind), mixer_of(cfg, kind)
+    attention: Num = 0
+    mixed: Num = 0
+    if mixer is None:
+        attention = _parameters(attention_projections(cfg, tp)) + _inner_norms(cfg)
+    else:
+        mixed = _parameters(mixer_projections(cfg, tp)) + mixer.small(tp)
+    norms = (cfg.norms_per_layer if has_block(kind) else 1) * cfg.norm_dim
     if moe is None:
-        block = mlp_projections(cfg, cfg.mlp.ffn_dim, tp, bias=cfg.mlp.bias)
-        return LayerParameters(attention=attention, mlp=_parameters(block), norms=norms)
+        width = cfg.mlp.ffn_dim
+        block = mlp_projections(cfg, width, tp, bias=cfg.mlp.bias) if has_block(kind) else {}
+        return LayerParameters(
+            attention=attention, mixer=mixed, mlp=_parameters(block), norms=norms
+        )
     expert = _parameters(mlp_projections(cfg, moe.expert_ffn_dim, tp if etp is None else etp))
     shared = mlp_projections(cfg, moe.shared_ffn_dim, tp) if moe.shared_ffn_dim else {}
     return LayerParameters(
         attention=attention,
-        router=moe.num_experts * (cfg.hidden_dim + moe.router_bias),
+        mixer=mixed,
+        router=moe.num_experts * (cfg.hidden_dim + moe.router_bias)
+        + moe.shared_gate * cfg.hidden_dim,
         experts=ceil_div(moe.num_experts, ep) * expert,
         shared_experts=_parameters(shared),
         norms=norms,
@@ -230,7 +237,12 @@ def moe_of(cfg: TransformerConfig, kind: str) -> Moe | None:
     """The mixture of a layer of that kind, None for a dense one; refuses kinds not in the model."""
     if kind not in cfg.kinds:
         raise InputError(f"{cfg.name} has no '{kind}' layers; it has {', '.join(cfg.kinds)}")
-    return cfg.moe if kind == "moe" else None
+    return cfg.moe if has_experts(kind) else None
+
+
+def mixer_projections(cfg: TransformerConfig, tp: Num = 1) -> dict[str, Projection]:
+    """The matrices of one mixer in the place of attention, on one of `tp` ranks."""
+    return by_name(cfg.mixer.matrices(cfg.hidden_dim, tp)) if cfg.mixer else {}
 
 
 def projection_parameters(cfg: TransformerConfig) -> int:
@@ -266,6 +278,7 @@ def count_parameters(cfg: TransformerConfig) -> ParameterCount:
         dense_layer=layers.get("dense"),
         moe_layer=layers.get("moe"),
         mtp=int(cfg.num_mtp * (layers[cfg.last_kind].total + mtp_parameters(cfg))),
+        mixers=over_layers("mixer"),
     )
 
 
@@ -280,17 +293,24 @@ def matmul_parameters(cfg: TransformerConfig) -> int:
     >>> matmul_parameters(load_hf_config("examples/llama3-8b.json"))
     7504658432
     """
-    block: dict[str, Num] = {"dense": _weights(mlp_projections(cfg, cfg.mlp.ffn_dim))}
-    if cfg.moe:
-        used = cfg.moe.num_active * _weights(mlp_projections(cfg, cfg.moe.expert_ffn_dim))
-        shared = _weights(mlp_projections(cfg, cfg.moe.shared_ffn_dim))
-        block["moe"] = used + shared + cfg.hidden_dim * cfg.moe.num_experts
-    attention = cfg.num_layers * _weights(attention_projections(cfg))
-    blocks = _sum(count * block[kind] for kind, count in cfg.kinds.items())
+    used = {kind: _layer_weights(cfg, kind) for kind in cfg.kinds}
+    blocks = _sum(count * used[kind] for kind, count in cfg.kinds.items())
     head = cfg.vocab_size * cfg.embedding_dim + 2 * projection_parameters(cfg)
-    per_layer = _weights(attention_projections(cfg)) + block[cfg.last_kind]
-    module = per_layer + head + 2 * cfg.hidden_dim * cfg.hidden_dim
-    return int(attention + blocks + head + cfg.num_mtp * module)
+    module = used[cfg.last_kind] + head + 2 * cfg.hidden_dim * cfg.hidden_dim
+    return int(blocks + head + cfg.num_mtp * module)
+
+
+def _layer_weights(cfg: TransformerConfig, kind: str) -> Num:
+    """Weights of one layer of a kind that a token is multiplied with."""
+    mixed = mixer_of(cfg, kind) is not None
+    own = _weights(mixer_projections(cfg) if mixed else attention_projections(cfg))
+    if not has_block(kind):
+        return own
+    if not has_experts(kind) or cfg.moe is None:
+        return own + _weights(mlp_projections(cfg, cfg.mlp.ffn_dim))
+    chosen = cfg.moe.num_active * _weights(mlp_projections(cfg, cfg.moe.expert_ffn_dim))
+    shared = _weights(mlp_projections(cfg, cfg.moe.shared_ffn_dim))
+    return own + chosen + shared + cfg.hidden_dim * (cfg.moe.num_experts + cfg.moe.shared_gate)
 
 
 def parameters_per_rank(
@@ -317,28 +337,26 @@ def parameters_per_rank(
     copied = where(one_stage, 0, table) if cfg.tied_embeddings else table
     head = copied + project + cfg.final_norm * cfg.norm_dim
     embedding = table + project + cfg.num_positions * cfg.hidden_dim
-    zero = LayerParameters()
-    dense = layer_parameters(cfg, "dense", plan.tp) if cfg.num_dense_layers else zero
-    moe = zero
-    if cfg.num_moe_layers:
-        moe = layer_parameters(cfg, "moe", plan.tp, plan.ep, plan.expert_tp)
-
-    extra = dense if cfg.last_kind == "dense" else moe
+    layers = {
+        kind: layer_parameters(cfg, kind, plan.tp, plan.ep, plan.expert_tp) for kind in cfg.kinds
+    }
+    extra = layers[cfg.last_kind]
     modules = cfg.num_mtp * (extra.dense + mtp_parameters(cfg))
     predicted = cfg.num_mtp * extra.experts
 
-    def stage(num_moe: Num, ends: Num, experts: Num) -> StageParameters:
+    def stage(counts: dict[str, Num], ends: Num, experts: Num) -> StageParameters:
         return StageParameters(
-            dense=num_moe * moe.dense + (num - num_moe) * dense.total + ends,
-            experts=num_moe * moe.experts + experts,
+            dense=_sum(n * layers[kind].dense for kind, n in counts.items()) + ends,
+            experts=_sum(n * layers[kind].experts for kind, n in counts.items()) + experts,
         )
 
-    first_moe, last_moe = _moe_layers_among(cfg, num)
+    ahead = layers_between(cfg, 0 * num, num)
+    behind = layers_between(cfg, cfg.num_layers - num, cfg.num_layers + 0 * num)
     looked_up = where(one_stage, embedding, table if cfg.num_mtp else 0)
     first = stage(
-        first_moe, embedding + where(one_stage, head + modules, 0), where(one_stage, predicted, 0)
+        ahead, embedding + where(one_stage, head + modules, 0), where(one_stage, predicted, 0)
     )
-    return first, stage(last_moe, head + looked_up + modules, predicted)
+    return first, stage(behind, head + looked_up + modules, predicted)
 
 
 def mtp_parameters(cfg: TransformerConfig) -> int:
@@ -347,13 +365,3 @@ def mtp_parameters(cfg: TransformerConfig) -> int:
     equations 21 to 23).
     """
     return 2 * cfg.hidden_dim * cfg.hidden_dim + 3 * cfg.norm_dim
-
-
-def _moe_layers_among(cfg: TransformerConfig, num: Num) -> tuple[Num, Num]:
-    """MoE layers among the first `num` and among the last `num`."""
-    indices = cfg.moe.layers if cfg.moe else ()
-    start = cfg.num_layers - num
-    if isinstance(num, np.ndarray):
-        first = np.searchsorted(indices, num).astype(np.float64)
-        return first, len(indices) - np.searchsorted(indices, start).astype(np.float64)
-    return bisect_left(indices, num), len(indices) - bisect_left(indices, start)

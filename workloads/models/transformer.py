@@ -37,6 +37,7 @@ from hwmodels.errors import InputError
 from workloads.models.architecture import TransformerConfig
 from workloads.models.block import Rank, Step, norm, product, unrolled
 from workloads.models.layer import layer
+from workloads.models.mixers import AnyMixer
 from workloads.models.mtp import mtp_ends
 from workloads.models.parameters import matmul_parameters
 from workloads.numeric import Num, any_true, ceil_div, minimum
@@ -313,12 +314,15 @@ def model_flops_forward(cfg: TransformerConfig, len_seq: Num, num_tokens: Num) -
     is the mean number a token attends to: len_seq / 2 under a causal mask, exactly half, and
     w - w^2 / (2 len_seq) with a window w < len_seq (Chowdhery et al. 2022, arXiv 2204.02311,
     appendix B, which counts the whole square, halved for the mask). Latent attention in its
-    expanded form.
+    expanded form. A mixer has its recurrence and its taps in the place of scores, run token by
+    token, whatever a kernel in chunks does beyond.
 
     >>> from workloads.models.config import load_hf_config
     >>> model_flops_forward(load_hf_config("examples/llama3-8b.json"), 8192, 1) / 1e9
     17.156800512
     """
+    if cfg.mixer is not None:
+        return _hybrid_flops(cfg, cfg.mixer, len_seq, num_tokens)
     spec = cfg.attention
     keys = len_seq / 2
     if cfg.window:
@@ -330,6 +334,15 @@ def model_flops_forward(cfg: TransformerConfig, len_seq: Num, num_tokens: Num) -
     per_key = 2 * spec.num_heads * (spec.head_dim + spec.v_head_dim)
     layers = cfg.num_layers + cfg.num_mtp
     return (2 * matmul_parameters(cfg) + layers * per_key * keys) * num_tokens
+
+
+def _hybrid_flops(cfg: TransformerConfig, mixer: AnyMixer, len_seq: Num, num_tokens: Num) -> Num:
+    """The same with mixers: their recurrences and taps in the place of scores."""
+    spec = cfg.attention
+    per_key = 2 * spec.num_heads * (spec.head_dim + spec.v_head_dim)
+    own = cfg.num_attention_layers * per_key * (len_seq / 2)
+    own = own + cfg.num_mixer_layers * mixer.flops_per_token()
+    return (2 * matmul_parameters(cfg) + own) * num_tokens
 
 
 def model_flops(cfg: TransformerConfig, len_seq: Num, num_tokens: Num) -> Num:

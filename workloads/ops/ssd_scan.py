@@ -160,6 +160,10 @@ class SsdScan(Ssd):
         share = self.num_heads // self.num_groups
         return {"held": minimum(share, floor((fast_bytes - beside) / head))}
 
+    def chunk_squares(self) -> Num:
+        """Sum of the squares of the chunks' lengths."""
+        return self._chunks()[1]
+
     def _chunks(self) -> tuple[Num, Num]:
         """How many, and the sum of their lengths' squares."""
         whole = self.len_seq // self.chunk

@@ -21,10 +21,12 @@ from simulator.planners.parallelism import (
     MAX_MICRO_BATCH,
     PlanChoice,
     extra_seconds,
+    narrowed,
     plan_parallelism,
     plan_space,
     select,
 )
+from simulator.planners.sequence_splits import ANY
 from simulator.recipe import RECIPES
 from simulator.step import training_step
 from workloads.models.config import TransformerConfig, load_hf_config
@@ -71,7 +73,8 @@ def test_the_best_plan_is_the_best_of_a_loop(
     choice = plan_parallelism(step, on=on)
     budget = 0.92 * on.device.hbm.capacity_bytes
     best, feasible = math.inf, 0
-    space = rows(plan_space(step, on=on))
+    space = rows(narrowed(plan_space(step, on=on), step, {}, ANY, on=on))
+    assert {replace(p, order=0) for p in space} == set(rows(plan_space(step, on=on)))
     for plan in space:
         if training_memory(step, plan=plan, recipe=BF16).total <= budget:
             feasible += 1

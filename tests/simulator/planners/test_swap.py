@@ -149,3 +149,18 @@ def test_what_cannot_go_is_named() -> None:
 
 def test_no_host_row_without_offloaded_layers() -> None:
     assert math.isfinite(plan_swap(question(num_layers=1, host_bytes=0.0)).alpha)
+
+
+def test_a_pipeline_stage_holds_several_micro_batches() -> None:
+    """Thirty units of host memory: four layers of two micro-batches take 8 (2 + 14 alpha)."""
+    asked = question(num_layers=4, in_flight=2.0, last_kept=0, host_bytes=8 * 9.0)
+    found, row = swap_frac(asked)
+    assert (found, row) == (pytest.approx(0.5), COPY)
+    tight = question(num_layers=4, in_flight=2.0, last_kept=0, host_bytes=8 * 5.5)
+    assert swap_frac(tight) == (pytest.approx(0.25), HOST)
+    assert plan_swap(tight).host_bytes == pytest.approx(44.0)
+    linear = solve(program(tight))
+    assert linear.values["alpha"] == pytest.approx(0.25)
+    for wrong in ({"in_flight": 0.5}, {"last_kept": -1}):
+        with pytest.raises(InputError):
+            question(**wrong)

@@ -416,3 +416,34 @@ def test_one_shape_at_a_time() -> None:
 
     with pytest.raises(InputError, match="one shape at a time"):
         plan_tiles(Matmul(m=np.array([8.0, 16.0]), n=8, k=8), on=catalog.device(H100))
+
+
+# ---- the bound -----------------------------------------------------------------------------------
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    st.sampled_from(["a100-sxm4-80gb", "h100-sxm", "b200-sxm"]),
+    st.tuples(*[st.integers(1, 3000)] * 3), st.integers(1, 4),
+)  # fmt: skip
+def test_no_product_is_below_the_bound(device: str, sizes: tuple[int, ...], batch: int) -> None:
+    m, n, k = sizes
+    op = Matmul(m=m, n=n, k=k, batch=batch)
+    plan = plan_tiles(op, on=catalog.device(device), explain=False, gap_frac=0.9)
+    whole = plan_tiles(op, on=catalog.device(device), explain=False)
+    assert plan.bound_s <= whole.best.seconds * (1 + 1e-12) <= plan.best.seconds * (1 + 2e-12)
+    assert whole.bound_s == whole.best.seconds and whole.status == "optimal"
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.sampled_from(["a100-sxm4-80gb", "h100-sxm"]), st.integers(1, 9), st.integers(1, 3000),
+    st.sampled_from([64, 128]), st.booleans(),
+)  # fmt: skip
+def test_no_attention_is_below_the_bound(
+    device: str, heads: int, length: int, dim: int, causal: bool
+) -> None:
+    op = FlashAttention2(batch=1, num_heads=heads, len_q=length, head_dim=dim, causal=causal)
+    plan = plan_tiles(op, on=catalog.device(device), explain=False, time_limit_s=0.0)
+    whole = plan_tiles(op, on=catalog.device(device), explain=False)
+    assert plan.bound_s <= whole.best.seconds * (1 + 1e-12) <= plan.best.seconds * (1 + 2e-12)

@@ -14,6 +14,7 @@ from hwmodels import catalog
 from hwmodels.cluster import Cluster
 from hwmodels.errors import InfeasibleError, InputError
 from simulator.layer_modes import FULL, NONE, OFFLOAD, OFFLOAD_FULL, layer_kinds
+from simulator.planners.axis_orders import USEFUL
 from simulator.planners.figures import Question, figures_of, rank_limits
 from simulator.planners.parallelism import plan_parallelism, select
 from simulator.planners.sequence_splits import ANY
@@ -22,6 +23,7 @@ from simulator.planners.training import asked_of, groups_of, plan_training, trai
 from simulator.recipe import RECIPES
 from simulator.staged import StageLayers, stage_costs, staged_memory, staged_step
 from simulator.staged_timeline import simulate_staged
+from workloads.axis_order import AxisOrder
 from workloads.models.config import TransformerConfig, load_hf_config
 from workloads.models.transformer import TrainStep, train_step
 from workloads.plan import Plan, Recompute
@@ -45,13 +47,18 @@ def node(num: int, nodes: int = 1) -> Cluster:
 def by_loop(
     step: TrainStep, on: Cluster, budget: float, host: float, pins: dict[str, int]
 ) -> float:
-    """Every mesh, every split, every number of layers in every mode, priced by `staged_step`."""
+    """Every mesh, every split, every number of layers in every mode, priced by `staged_step`.
+
+    On several nodes in every useful order of the axes, whether the planner drops it or not.
+    """
     asked = asked_of(step, on, BF16, rank_limits(budget, on, host), None, pins, ANY)
     limits = asked.question.limits
     best = math.inf
     for group in groups_of(asked):
-        for index in range(group.size):
-            plan = group.plan(index)
+        plans = {group.plan(index) for index in range(group.size)}
+        if on.num_nodes > 1:
+            plans = {replace(plan, order=int(order)) for plan in plans for order in USEFUL}
+        for plan in plans:
             for stages in every_layout(step, plan, host > 0):
                 costs = stage_costs(step, plan=plan, stages=stages, on=on, recipe=BF16)
                 if float(staged_memory(costs).total) > budget * (1 + 1e-12):
@@ -137,6 +144,41 @@ def test_the_plan_is_that_of_a_loop(
     found = plan_training(step, **ask)  # type: ignore[arg-type]
     assert float(found.best.step.seconds) == pytest.approx(best, rel=1e-9)
     assert (found.status, found.gap_frac) == ("optimal", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("seq", "gpus", "budget", "pins", "slower", "order"),
+    [
+        (65536, 4, 60.0, {"pp": 2, "dp": 2, "micro_batch": 1}, 20.0, AxisOrder.TP_CP_PP_DP),
+        (65536, 4, 60.0, {"pp": 2, "micro_batch": 1, "tp": 1}, 1.0, AxisOrder.TP_CP_DP_PP),
+        (16384, 8, 60.0, {"pp": 2, "cp": 2, "tp": 1}, 1.0, AxisOrder.TP_CP_PP_DP),
+        (1024, 4, 0.02, {"pp": 2, "tp": 1, "cp": 1}, 1.0, None),
+    ],
+)
+def test_the_order_is_that_of_a_loop(
+    seq: int, gpus: int, budget: float, pins: dict[str, int], slower: float,
+    order: AxisOrder | None,
+) -> None:  # fmt: skip
+    """Two nodes, over links slower and slower: an order other than the usual may win."""
+    step, on = small(3, 8, seq=seq), node(gpus // 2, nodes=2)
+    inner = replace(on.levels[0], size=gpus / 2)
+    outer = replace(on.levels[1], bytes_per_s=on.levels[1].bytes_per_s / slower)
+    on = replace(on, levels=(inner, outer))
+    best = by_loop(step, on, budget * 1e9, 0.0, pins)
+    if order is None:
+        assert math.isinf(best)
+        return
+    found = plan_training(step, on=on, budget_bytes=budget * 1e9, pins=pins)
+    assert float(found.best.step.seconds) == pytest.approx(best, rel=1e-9)
+    assert (found.status, found.gap_frac) == ("optimal", 0.0)
+    assert found.plan.order == order
+    meshes = [tuple(getattr(c.plan, a) for a in ("dp", "tp", "cp"))
+              for c in (found.best, *found.runners_up)]  # fmt: skip
+    assert len(set(meshes)) == len(meshes), "a mesh is told in its best order alone"
+    pinned = plan_training(
+        step, on=on, budget_bytes=budget * 1e9, pins={**pins, "order": int(order)}
+    )
+    assert float(pinned.best.step.seconds) == float(found.best.step.seconds)
 
 
 def test_mixed_kinds_are_that_of_a_loop() -> None:
@@ -261,7 +303,7 @@ def test_a_pinned_recomputation_leaves_its_modes() -> None:
 
 
 def test_what_does_not_fit_is_told_with_every_way_out() -> None:
-    step, on = case_of("llama3-70b", "hgx-h100", 2, 32, 8192)
+    step, on = case_of("llama3-70b", "hgx-h100", 4, 32, 8192)
     with pytest.raises(InfeasibleError) as caught:
         plan_training(step, on=on, budget_bytes=40e9, pins={"tp": 1, "pp": 1})
     message = str(caught.value)
