@@ -11,6 +11,7 @@ from cli.sequence_answers import (
     Asked,
     SequenceAnswer,
     cost_or_refusal,
+    group_title,
     headline,
     micro_batches,
 )
@@ -68,7 +69,9 @@ class GroupAnswer(SequenceAnswer):
         """A bar for every group."""
         from cli.charts.groups import figure
 
-        return figure(self.document, title=headline(self.document), subtitle=_proof(self.document))
+        return figure(
+            self.document, title=group_title(self.document), subtitle=_proof(self.document)
+        )
 
 
 def _document(asked: Asked, cost: GroupCost, step: StepPlan) -> dict[str, Any]:

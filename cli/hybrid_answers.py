@@ -9,7 +9,7 @@ import numpy as np
 
 from cli import show
 from cli.quantity import count_text, digits, percent_text, seconds_text
-from cli.sequence_answers import Asked, SequenceAnswer, cost_or_refusal, headline
+from cli.sequence_answers import Asked, SequenceAnswer, cost_or_refusal, group_title, headline
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -88,7 +88,7 @@ class HybridAnswer(SequenceAnswer):
             label = f"{degree} rank{'s' if degree > 1 else ''}"
             kinds[label] = _boxes(found, degree, self.asked.held)
         return figure(
-            kinds, title=headline(self.document), subtitle=_proof(self.document),
+            kinds, title=group_title(self.document), subtitle=_proof(self.document),
             footnote="Each box: a unit on one of its ranks. Dashed: no choice of ranks and no "
             "schedule ends sooner (proven).",
             axes=("seconds", "rank"), mark=self.plan.lower_s,

@@ -41,6 +41,10 @@ COMMANDS: Final = (
     "records check",
     "records import",
     "claims",
+    "kernels list",
+    "kernels inspect",
+    "kernels estimate",
+    "kernels rank",
 )
 """Each is a function of that name in the module `cli.commands.<name>`, light to import; a space
 in a name is an underscore there. `plan memory` is a command of its own beside `plan`."""

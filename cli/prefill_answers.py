@@ -10,7 +10,7 @@ import numpy as np
 from cli import show
 from cli.memory_plans import gib
 from cli.quantity import count_text, digits, percent_text, seconds_text
-from cli.sequence_answers import Asked, SequenceAnswer
+from cli.sequence_answers import Asked, SequenceAnswer, chart_title
 from hwmodels.errors import InfeasibleError
 
 if TYPE_CHECKING:
@@ -92,9 +92,12 @@ class PrefillAnswer(SequenceAnswer):
                 row += 1
             if row >= MOST_DRAWN:
                 break
+        rows = self.document["num_rows"]
+        drawn = f"The first {row} of {rows} rows" if row < rows else f"All {rows} rows"
+        title = chart_title(self.document, "prompts", f"one {self.document['device']}")
         return figure(
-            kinds, title=_headline(self.document), subtitle=_proof(self.document),
-            footnote="Each line: a row of a packed pass, its prompts one after the other.",
+            kinds, title=title, subtitle=_proof(self.document),
+            footnote=f"{drawn}; each line: a row of a packed pass, its prompts in order.",
             axes=("tokens", "row"),
         )  # fmt: skip
 

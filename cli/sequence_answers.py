@@ -128,6 +128,18 @@ def headline(document: dict[str, Any]) -> str:
     )
 
 
+def chart_title(document: dict[str, Any], what: str, where: str) -> str:
+    """The question above a chart: shorter than the headline, whose figures the text tells."""
+    corpus = document["corpus"] or Path(document["source"]).name
+    return f"{document['model']}: {document['num_sequences']} {what} of {corpus}, {where}"
+
+
+def group_title(document: dict[str, Any]) -> str:
+    """The title over a chart of groups or rings."""
+    where = f"{document['num_accelerators']} accelerators of {document['cluster']}"
+    return chart_title(document, "sequences", where)
+
+
 def micro_batches(step: StepPlan, held: Ints, cost: GroupCost) -> list[dict[str, Any]]:
     """Every micro-batch with its groups; sequences by their place in the input, from 0."""
     places: dict[int, list[int]] = defaultdict(list)

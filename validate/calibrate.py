@@ -36,7 +36,7 @@ from simulator.kernel_time.basis import basis, residual_groups
 from simulator.kernel_time.model import KernelModel
 from simulator.kernel_time.rates import rates_of
 from validate.batches import batches
-from validate.fitting import Fit, Floats, Problem, fit, problem_of
+from validate.fitting import SCALE, Fit, Floats, Problem, fit, problem_of
 from validate.measurement import Measurement
 from validate.runs import digest
 from workloads.ops.collective_transfer import CollectiveTransfer
@@ -46,6 +46,12 @@ MIN_ROWS: Final = 20
 """Fewest rows a model is calibrated on."""
 MOST_OF_A_KIND: Final = 60
 """Rows of one class of op that the general path is fitted on."""
+FEW_ROWS: Final = 3
+"""Fewest rows of a design a model is fitted on; donors' constants make up for what they leave."""
+LEAST_ALONE: Final = 10
+"""Fewest errors of which the largest still holds 90 % of new ones (split-conformal)."""
+LEAST_FREE: Final = 0.02
+"""A row that fixes a constant alone has hardly a residual: it is not blown up beyond this."""
 MIN_REGIME: Final = 40
 """Fewest rows a regime needs for residuals of its own."""
 DIGEST_CHARS: Final = 16
@@ -78,14 +84,17 @@ def calibrate(
     donors: Sequence[Calibration] = (),
     on: datetime.date | None = None,
     progress: Callable[[str], None] = lambda _: None,
-    least_rows: int = MIN_ROWS,
+    designed: bool = False,
     trace: Callable[[Trace], None] = lambda _: None,
 ) -> Calibration:
     """Every kernel model that the rows of one device allow, without transfer residuals.
 
     With `donors` (calibrations of other devices), the constants they give are where the fit's
-    priors are centred: a few rows then move only what they speak of. Models with fewer than
-    `least_rows` are left out; `trace` hears of every fit.
+    priors are centred: a few rows then move only what they speak of. `designed` rows stand where
+    they tell most and not at random (`validate.design`): their errors are `fresh_errors`, and
+    models from `FEW_ROWS` rows on are fitted, those of less than `MIN_REGIME` with one set of
+    residuals together.
+    `trace` hears of every fit.
     """
     mine = [r for r in rows if r.device_id == device_id]
     today = on or datetime.date.today()
@@ -94,6 +103,8 @@ def calibrate(
     wanted = None if models is None else set(models)
     fitted: dict[str, ModelCalibration] = {}
     used: set[int] = set()
+    traces: dict[str, Trace] = {}
+    least_rows, alone = (FEW_ROWS, LEAST_ALONE) if designed else (MIN_ROWS, MIN_ROWS)
     for part in components(problem_of(device_id, found, seconds)):
         problem = with_prior(part, donors)
         names = {m.name for m in problem.models}
@@ -102,14 +113,19 @@ def calibrate(
         if len(problem.rows) < least_rows or (wanted is not None and not names & wanted):
             continue
         progress(f"{device_id}: {', '.join(sorted(names))} on {len(problem.rows)} rows")
-        fitted |= _fitted(problem, mine, today, trace)
+        made, heard = _fitted(problem, mine, today, designed=designed)
+        trace(heard)
+        fitted |= made
+        traces |= dict.fromkeys(made, heard)
         used |= set(problem.rows.tolist())
+    if designed:
+        fitted = _with_few(fitted, traces)
     if (wanted is None or general.MODEL.name in wanted) and found:
         progress(f"{device_id}: general")
         able = [b for b in found if not isinstance(b.op, CollectiveTransfer)]
         problem = with_prior(problem_of(device_id, able, seconds, general.MODEL), donors)
-        if problem.batches and len(problem.rows) >= least_rows:
-            fitted |= _general(problem, mine, today, least_rows, trace)
+        if problem.batches and len(problem.rows) >= alone:
+            fitted |= _general(problem, mine, today, alone, trace)
             used |= set(problem.rows.tolist())
     digests = sorted({short_digest(mine[i]) for i in used})
     return Calibration(
@@ -185,17 +201,18 @@ def _fitted(
     problem: Problem,
     rows: Sequence[Measurement],
     today: datetime.date,
-    trace: Callable[[Trace], None],
-) -> dict[str, ModelCalibration]:
+    *,
+    designed: bool,
+) -> tuple[dict[str, ModelCalibration], Trace]:
     """Full fit for the constants, cross-validation for the residuals."""
     whole = fit(problem)
-    errors = cross_validated(problem, whole, rows)
+    errors = fresh_errors(problem, whole) if designed else cross_validated(problem, whole, rows)
     regimes = _regimes(problem, whole)
-    trace(Trace(whole, errors, regimes))
-    return {
+    made = {
         model.name: _entry(problem, whole, model, errors, regimes, rows, today)
         for model in dict.fromkeys(problem.models)
     }
+    return made, Trace(whole, errors, regimes)
 
 
 def _general(
@@ -246,6 +263,42 @@ def cross_validated(problem: Problem, whole: Fit, rows: Sequence[Measurement]) -
         theta = fit(problem, kept, whole.theta).theta
         errors[held] = np.log(problem.seconds[held] / problem.predicted(theta)[held])
     return errors
+
+
+def fresh_errors(problem: Problem, whole: Fit) -> Floats:
+    """log(measured / predicted) as wide as of a new timing of each row's shape; NaN elsewhere.
+
+    Rows of a design stand at the ends of what is measured. Left out in turn, each is extrapolated
+    to, and its error says little of the shapes between. The fit is a ridge regression near its
+    end, with hat matrix H over the rows: residuals r = (I - H) e of errors e with the variance s^2
+    have the variance s^2 v, v = diag((I - H)^2), and a new timing lies s^2 (1 + diag H) off, so
+
+        error = r sqrt((1 + h) / v)        (Cook and Weisberg 1982, section 2.2, with a prior)
+    """
+    use, total = problem.rows, problem.predicted(whole.theta)
+    slopes = problem.jacobian(whole.theta, total)[use] / SCALE
+    hat = slopes @ whole.covariance @ slopes.T
+    left = np.eye(len(use)) - hat
+    free = np.maximum(np.einsum("ij,ij->i", left, left), LEAST_FREE)
+    errors = np.full(len(problem.seconds), np.nan)
+    errors[use] = np.log(problem.seconds[use] / total[use])
+    errors[use] *= np.sqrt((1 + np.clip(np.diag(hat), 0.0, None)) / free)
+    return errors
+
+
+def _with_few(
+    fitted: Mapping[str, ModelCalibration], traces: Mapping[str, Trace]
+) -> dict[str, ModelCalibration]:
+    """Models of too few rows for quantiles of their own share those of all such rows together;
+    they are dropped where even these are few.
+    """
+    few = [name for name, m in fitted.items() if m.num_rows < MIN_REGIME]
+    errors = {id(traces[name]): traces[name].errors for name in few}.values()
+    together = np.concatenate([e[np.isfinite(e)] for e in errors]) if few else np.zeros(0)
+    if len(together) < LEAST_ALONE:
+        return {name: m for name, m in fitted.items() if name not in few}
+    pooled = {POOLED: residuals_of(together)}
+    return dict(fitted) | {name: replace(fitted[name], residuals=pooled) for name in few}
 
 
 def fold(row: Measurement, folds: int = FOLDS) -> int:

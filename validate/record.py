@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, BinaryIO, Final, Self, TypeVar
+from typing import Any, BinaryIO, Final, Protocol, Self, TypeVar
 
 from hwmodels.errors import InputError
 
@@ -79,7 +79,7 @@ class Case:
     @property
     def key(self) -> str:
         """Canonical text of the case, equal for equal cases whatever the order of `params`."""
-        return _canonical(plain(self))
+        return canonical(plain(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ class Trial:
     @property
     def key(self) -> str:
         """Canonical text, equal for equal trials."""
-        return _canonical(plain(self))
+        return canonical(plain(self))
 
     def __str__(self) -> str:
         sizes = " ".join(f"{name}={value}" for name, value in self.case.params.items())
@@ -159,7 +159,7 @@ class Record:
 
     def line(self) -> str:
         """The record as one line of JSON, without the line's end."""
-        return _canonical({"version": VERSION, **plain(self)})
+        return canonical({"version": VERSION, **plain(self)})
 
     @property
     def digest(self) -> str:
@@ -183,7 +183,7 @@ class Refused:
 
     def line(self) -> str:
         """The refusal as one line of JSON, without the line's end."""
-        return _canonical({"version": VERSION, **plain(self)})
+        return canonical({"version": VERSION, **plain(self)})
 
 
 T = TypeVar("T", Record, Refused)
@@ -233,6 +233,14 @@ def _read(path: Path, parse: Callable[[object, str], T]) -> tuple[list[T], list[
     return found, torn
 
 
+class Entry(Protocol):
+    """What a file of JSON lines holds."""
+
+    def line(self) -> str:
+        """The entry as one line, without the line's end."""
+        ...
+
+
 class RecordWriter:
     """Appends records or refusals to a file; each is on the disk when `append` returns.
 
@@ -256,7 +264,7 @@ class RecordWriter:
     ) -> None:
         self._file.close()
 
-    def append(self, entry: Record | Refused) -> None:
+    def append(self, entry: Entry) -> None:
         """Write one entry and wait until the operating system has it on the disk."""
         left = memoryview(entry.line().encode() + b"\n")
         while left:
@@ -350,5 +358,6 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _canonical(value: object) -> str:
+def canonical(value: object) -> str:
+    """JSON with sorted keys and no blanks: equal for equal values."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)

@@ -44,7 +44,7 @@ def profile(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Time the suite's kernels on this machine's GPU, each checked before it is timed.
+    """Time the suite's kernels on this GPU, each checked before it is timed.
 
     Writes DIR/records.jsonl (a line a timing, on the disk at once), refusals.jsonl (what could
     not be timed, and why) and environment.json. Where nothing is installed, `python -m

@@ -44,7 +44,7 @@ def scaling(
     out: options.Out = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """How systems scale with the sequence, and from which length on one beats another.
+    """How systems scale with the sequence, and from which length one beats another.
 
     The first system named is what the others are held against; the picture rings crossovers.
     `-p OP.key=value` sets a field of one system alone (its keep ratio, its budget); `--best chunk`

@@ -71,7 +71,7 @@ def serve(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Time per output token and to the first, throughput and memory of a served model.
+    """Time per token and to the first, throughput and memory of a served model.
 
     One engine on tp x attn-dp x pp devices; requests of these mean lengths keep coming.
 

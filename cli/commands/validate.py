@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final, TypeAlias
 
 import typer
 
@@ -15,6 +15,7 @@ from cli.files import check_writable, write_all
 from cli.options import AsJson
 from cli.progress import patience
 from cli.quantity import shown
+from hwmodels.errors import InputError
 
 if TYPE_CHECKING:
     from hwmodels.calibration import Calibration
@@ -27,6 +28,13 @@ if TYPE_CHECKING:
     from validate.step_accuracy import StepAccuracy
     from validate.steps import StepComparison
 
+Counters: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--counters", metavar="PATH", help="Lay counted bytes beside hardware counters, in place "
+        "of times (see python -m validate.counters).",
+    ),
+]  # fmt: skip
 SCOPE_WORDS: Final[Mapping[str, str]] = {"architecture": "arch"}
 """Scopes as they stand in a narrow column."""
 MOST_FRAC: Final = 99.99
@@ -70,8 +78,11 @@ class Whole:
 
 def validate(
     path: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A folder of measurement files, or one file.")
-    ],
+        Path | None,
+        typer.Argument(
+            metavar="DIR", help="A folder of measurement files, one file, or a profile's records."
+        ),
+    ] = None,
     as_json: AsJson = False,
     family: Annotated[
         str | None, typer.Option("--family", metavar="F", help="Only this family (e.g. gemm).")
@@ -88,6 +99,7 @@ def validate(
     ablation: Annotated[
         bool, typer.Option("--ablation", help="Show what each step of calibration is worth.")
     ] = False,
+    counters: Counters = None,
 ) -> None:
     """Compare predictions with measured times, by family, GPU, op and number format.
 
@@ -98,8 +110,17 @@ def validate(
     Examples:
       ridgeplan validate measured/ --html accuracy.html
       ridgeplan validate measured/ --family gemm --ablation
+      ridgeplan validate h200/ --calibration calibrations/h200-sxm.json
       ridgeplan validate measured/ --device 'My GPU=./my-gpu.toml'
+      ridgeplan validate --counters h200/
     """
+    if counters is not None:
+        from cli.counter_tables import show_counters
+
+        show_counters(counters, as_json=as_json)
+        return
+    if path is None:
+        raise InputError("nothing to compare: give a folder of measurements, or --counters PATH")
     from cli.charts.picture import asked_for
 
     check_writable([f for f in (markdown, *asked_for(html, None)) if f is not None])
@@ -121,14 +142,42 @@ def validate(
             contents[html] = _page(comparison, path)
     write_all(contents)
     if as_json:
-        found = comparison.as_dict() | steps_found.as_dict()
+        found = comparison.as_dict() | steps_found.as_dict() | {"families": _families(comparison)}
         show.print_json(found | ({"ablation": steps_of_calibration} if ablation else {}))
         return
     steps_found.show()
     _print(comparison)
+    _print_families(comparison)
     _print_ablation(steps_of_calibration)
     for file in contents:
         print(f"wrote {file}")
+
+
+def _families(comparison: Comparison) -> list[dict[str, object]]:
+    """Errors by family and GPU, all ops and formats together."""
+    from dataclasses import asdict
+
+    from validate.compare import errors
+
+    groups = comparison.points.groups("family", "gpu")
+    return [{"family": f, "gpu": g} | asdict(errors(mine)) for (f, g), mine in groups.items()]
+
+
+def _print_families(comparison: Comparison) -> None:
+    """One line a family and GPU, where there are several tables of it."""
+    from validate.report import percent
+
+    found = _families(comparison)
+    if len(found) == len([t for t in comparison.tables if t.n]):
+        return
+    numbers = ("n", "MAPE", "bias", "in 80", "in 90")
+    made = show.table("family", "GPU", *numbers, title="families: errors in %", right=numbers)
+    made.padding = (0, 1, 0, 0)
+    for e in found:
+        keys = ("mape", "bias", "coverage_80", "coverage_90")
+        values = [percent(v if isinstance(v := e[key], float) else None) for key in keys]
+        made.add_row(shown(str(e["family"]), 30), shown(str(e["gpu"]), 30), str(e["n"]), *values)
+    show.console().print(made)
 
 
 def _compare_whole(readings: Readings, calibrations: Sequence[Calibration] | None) -> Whole:
@@ -264,7 +313,6 @@ def _print_rankings(rankings: Sequence[Ranking]) -> None:
 def _device_id(label: str) -> str:
     """The catalogue's short name of a published GPU; the label where there is none."""
     from hwmodels import catalog
-    from hwmodels.errors import InputError
 
     try:
         return catalog.device(label).id

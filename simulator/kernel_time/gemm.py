@@ -22,7 +22,7 @@ usual wave-quantised tile model; the constants are fitted on published timings (
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Final, TypeAlias
 
@@ -114,6 +114,7 @@ class Menu:
     step_bytes: int
     epilogue_overlaps: bool
     droops: bool
+    is_own: bool = False
 
 
 @lru_cache(maxsize=32)
@@ -135,6 +136,28 @@ def menu(compute_capability: str | None, *, lanes: bool = False) -> Menu:
         epilogue_overlaps=major == "10" and not lanes,
         droops=major in ("9", "10", "12") and not lanes,
     )
+
+
+def own_menu(
+    compute_capability: str | None, tile_m: int, tile_n: int, split: int, step_bytes: int
+) -> Menu:
+    """The one kernel of somebody's own: its tile, parts of k and bytes of k in a step."""
+    library = menu(compute_capability)
+    s = np.array([split], dtype=np.float64)
+    return replace(
+        library, tile_m=np.array([[tile_m]], dtype=np.float64),
+        tile_n=np.array([[tile_n]], dtype=np.float64), splits=s, split=s > 1,
+        step_bytes=step_bytes, is_own=True,
+    )  # fmt: skip
+
+
+def own_seconds(
+    op: Product, rates: Rates, constants: Constants, conditions: Conditions, own: Menu
+) -> KernelTime:
+    """Seconds of one product with one given tile, by the same terms as the library's."""
+    sizes = (op.batch if isinstance(op, Matmul) else 1, op.m, op.n, op.k, 0.0)
+    lifted = tuple(np.asarray(v, dtype=np.float64)[..., None, None] for v in sizes)
+    return _timed(op, lifted, rates, constants, _memory_of(None, conditions), own)
 
 
 def gemm_seconds(
@@ -180,16 +203,23 @@ def _plain(rates: Rates) -> bool:
     return not isinstance(rates.hbm_bytes_per_s, np.ndarray)
 
 
-def _timed(op: Product, sizes: tuple[Array, ...], r: Rates, c: Constants, l2: str) -> KernelTime:
+def _timed(
+    op: Product,
+    sizes: tuple[Array, ...],
+    r: Rates,
+    c: Constants,
+    l2: str,
+    own: Menu | None = None,
+) -> KernelTime:
     """Seconds of shapes in the leading axes; tiles and splits of the menu in the last two."""
-    kernels = menu(r.device.compute_capability, lanes=not r.has_tensor_path(_math(op)))
+    kernels = own or menu(r.device.compute_capability, lanes=not r.has_tensor_path(_math(op)))
     compute, extra = _compute(op, kernels, sizes, r, c)
     memory = _memory(op, sizes, r, c, l2)
     # the 4-norm of `overlap`, without its guard against overflow: times are below 1e70 s
     square, memory_square = compute * compute, memory * memory
     busy = np.sqrt(np.sqrt(square * square + memory_square * memory_square)) + extra
     m = sizes[1]
-    if m.min() <= SKINNY or kernels.tile_m.min() <= SKINNY:
+    if own is None and (m.min() <= SKINNY or kernels.tile_m.min() <= SKINNY):
         busy = np.where((kernels.tile_m > SKINNY) | (m <= kernels.tile_m), busy, np.inf)
     flat = busy.reshape(*busy.shape[:-2], -1)
     best = flat.argmin(axis=-1)[..., None]
@@ -219,7 +249,7 @@ def _compute(
 ) -> tuple[Any, Any]:
     """Seconds of all tiles, and of what stands beside them: adding the parts, the start."""
     batch, m, n, k = sizes[:4]
-    costs = _prepared(op, kernels, r, c)
+    costs = (_costs if kernels.is_own else _prepared)(op, kernels, r, c)
     steps: Any = np.ceil(k / (kernels.step_bytes / op.dtype.bytes_per_element * kernels.splits))
     if kernels.droops:
         ideal = 2 * batch * m * n * k / r.matmul_flops_per_s(_math(op))
@@ -245,6 +275,13 @@ def _prepared(op: Product, kernels: Menu, r: Rates, c: Constants) -> Prepared:
         return kept[2]
     if len(_KEPT) >= MOST_KEPT:
         _KEPT.clear()
+    found = _costs(op, kernels, r, c)
+    _KEPT[key] = (r, c, found)
+    return found
+
+
+def _costs(op: Product, kernels: Menu, r: Rates, c: Constants) -> Prepared:
+    """Seconds of a step, an epilogue and the sum of parts for every kernel of a menu."""
     tm, tn, s = kernels.tile_m, kernels.tile_n, kernels.splits
     e = op.dtype.bytes_per_element
     step = kernels.step_bytes / e
@@ -252,15 +289,13 @@ def _prepared(op: Product, kernels: Menu, r: Rates, c: Constants) -> Prepared:
     mma = 2 * tm * tn * step / (rate / r.num_sms * c["mma_frac"] * _power(op, rate, r, c))
     load = (tm * e + tn * _weight(op)) * step / (c["feed_bytes_per_clk"] * r.clock_hz)
     stored = tm * tn * np.where(kernels.split, 4.0, _out(op))
-    found = Prepared(
+    return Prepared(
         step=overlap(mma, load) + c["step_s"],
         epilogue=c["tile_s"] + stored / (c["store_bytes_per_clk"] * r.clock_hz),
         added=np.where(kernels.split, c["split_s"], 0.0),
         added_per_result=np.where(kernels.split, 8 * s, 0.0)
         / (c["sum_bytes_per_clk"] * r.sm_clocks_per_s),
     )
-    _KEPT[key] = (r, c, found)
-    return found
 
 
 _KEPT: dict[tuple[object, ...], tuple[Rates, Constants, Prepared]] = {}

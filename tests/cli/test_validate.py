@@ -71,7 +71,7 @@ def test_json_is_one_document(
     assert main(arguments) == 0
     document = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     whole = {"training_steps", "serving_steps", "peak_memory", "collective_cells",
-             "plan_ranking"}  # fmt: skip
+             "plan_ranking", "families"}  # fmt: skip
     assert set(document) == {"version", "rung", "tables", "unsupported"} | whole
     assert (document["version"], document["rung"]) == (1, "best")
     counted = [(t["family"], t["n"], t["unsupported"]) for t in document["tables"]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from hwmodels.calibration import Calibration, shipped
-from validate.agenda import QUICK, Agenda, planned, suites
+from validate.agenda import suites
 from validate.predictions import predict
 from validate.record import Environment, Record, RecordWriter, Trial
 from validate.recorded import recorded
@@ -49,10 +49,16 @@ def truth() -> Calibration:
     return replace(known, device_id=DEVICE, models=models, rows=frozenset(), rows_digest="")
 
 
-@lru_cache(maxsize=4)
-def suite_of(points: int, suite: str = QUICK) -> Agenda:
-    """The trials that a profile would take on the device."""
-    return planned(suites()[0], DEVICE, ARCH, points)
+def grid(kernels: Sequence[str]) -> list[Trial]:
+    """Every trial of some kernels that a full profile would take."""
+    return [
+        Trial(kernel=spec.name, implementation=how.name, case=case)
+        for spec in suites()[0]
+        if spec.name in kernels
+        for case in {case.key: case for case in spec.grid}.values()
+        for how in spec.implementations
+        if how.refusal(case, ARCH) is None
+    ]
 
 
 def records_of(trials: list[Trial], noise: float = NOISE) -> list[Record]:

@@ -14,7 +14,7 @@ from validate.agenda import planned
 from validate.calibrate import calibrate
 from validate.compare import compare
 from validate.record import Case, Record, Trial
-from validate.recorded import measurements, recorded, source_of
+from validate.recorded import TOO_NOISY, TOO_SLOW, measurements, recorded, source_of
 from validate.session import read_store, session
 from validate.timer import ReplayTimer
 
@@ -74,19 +74,24 @@ def test_collectives_keep_their_layout() -> None:
     assert part.op.__name__ == "CollectiveTransfer" and part.conditions.kernel == "nccl"
 
 
-def test_what_has_no_row_is_left_out_with_a_reason() -> None:
+def test_what_is_left_out_has_a_reason() -> None:
     fine, other = record_of(TRIAL), record_of(trials(2)[1])
-    nowhere = replace(other, row=None)
     stray = replace(other, environment=replace(other.environment, gpu="NVIDIA Z9"))
-    noisy = replace(other, flags=("noisy",))
-    found = recorded([fine, nowhere, stray, noisy])
+    noisy, hot = replace(other, flags=("noisy",)), replace(other, flags=("throttled",))
+    found = recorded([fine, stray, noisy])
     assert found.records == (fine, noisy)
-    assert [reason for _, reason in found.left_out] == [
-        "no published op names such a case", "the GPU is in no catalogue",
-    ]  # fmt: skip
-    assert len(recorded([fine, noisy], noisy=False).rows) == 1
+    assert [reason for _, reason in found.left_out] == ["the GPU is in no catalogue"]
+    strict = recorded([fine, noisy, hot], noisy=False)
+    assert len(strict.rows) == 1
+    assert [reason for _, reason in strict.left_out] == [TOO_NOISY, TOO_SLOW]
     assert recorded([stray], {"NVIDIA Z9": "h200-sxm"}).rows[0].device_id == "h200-sxm"
     assert source_of("triton", "", "warm") == "ridgeplan/triton/warm"
+
+
+def test_a_case_that_no_table_names_is_a_row_of_its_kernel() -> None:
+    row = row_of(replace(record_of(TRIAL), kernel="triad", row=None))
+    assert (row.family, row.op, row.dtype) == ("triad", "kernel:triad:gemm", "bf16")
+    assert row.params == TRIAL.case.params
 
 
 def test_profile_calibrate_validate_on_a_replay(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""DeltaNet and the gated delta rule in chunks, forward."""

@@ -1,0 +1,1 @@
+"""Long convolutions by Fourier transforms in Monarch form."""

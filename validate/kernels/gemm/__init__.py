@@ -1,0 +1,1 @@
+"""Dense matrix products, as linear layers ask for them."""

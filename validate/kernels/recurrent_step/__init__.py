@@ -1,0 +1,1 @@
+"""Recurrent layers of several heads, all time steps in one launch."""

@@ -1,0 +1,1 @@
+"""Short causal convolutions of each channel by itself."""

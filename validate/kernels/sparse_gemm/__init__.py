@@ -1,0 +1,1 @@
+"""Matrix products with 2:4 structured sparsity, through torch."""

@@ -1,0 +1,1 @@
+"""The rate of the matrix units themselves, with nothing to wait for."""

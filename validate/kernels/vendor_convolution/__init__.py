@@ -1,0 +1,1 @@
+"""Convolutions of images by the vendor: cuDNN through torch."""

@@ -1,0 +1,1 @@
+"""Recurrent layers by the vendor: cuDNN through torch."""
