@@ -208,10 +208,10 @@ LAUNCHES: Final = (
 )  # fmt: skip
 """Factors as even as possible. Both parts of a row are fp32 sums in registers: 2 * 4096 of them
 are 64 a thread of four warps, 2 * 8192 as many of eight; sm_80, whose operands come through
-registers too, has no room for those, and spills a word or two where a program holds few short rows.
-Rows of 16384 would spill on all three."""
-NARROW_POINTS: Final = 1024
-"""The most points of a program whose operands are fp32."""
+registers too, has no room for those, and in bf16 spills a word or two where a program holds few
+short rows. Rows of 16384 would spill on all three."""
+NARROW: Final = (_launch(16, 16, 4, 4), _launch(32, 16, 2, 4), _launch(32, 32, 1, 4))
+"""Of fp32 operands: 1024 points a program."""
 OUTER_COLS: Final = 128
 """Columns of a strip: 256 bytes of each of its rows."""
 

@@ -69,7 +69,7 @@ def _reference(case: Case, inputs: Inputs) -> tuple[torch.Tensor, ...]:
 
 def _launches(case: Case, arch: int) -> Sequence[Launch]:
     """Fused before split, then as listed."""
-    fit = [x for x in kernel.LAUNCHES if x.suits(arch) and takes(case.dtype, x)]
+    fit = [x for x in launches_of(case.dtype) if x.suits(arch)]
     found = [(kernel.factors(int(case.params["len_seq"]), x), x) for x in fit]
     most = 3 if halves(case.dtype) else 2
     kept = [pair for pair in found if 0 < len(pair[0]) <= most]
@@ -81,10 +81,9 @@ def halves(dtype: str) -> bool:
     return dtype in ("fp16", "bf16")
 
 
-def takes(dtype: str, launch: Launch) -> bool:
-    """Do both parts of its rows, in that format, stay in registers?"""
-    meta = launch.meta
-    return halves(dtype) or meta["N1"] * meta["N2"] * meta["ROWS"] <= kernel.NARROW_POINTS
+def launches_of(dtype: str) -> tuple[Launch, ...]:
+    """The tile sets whose rows, both parts in that format, stay in registers."""
+    return kernel.LAUNCHES if halves(dtype) else kernel.NARROW
 
 
 def _prepare(case: Case, inputs: Inputs, launch: Launch | None) -> Any:
@@ -146,9 +145,7 @@ def _binary(function: Any, dtype: str, launch: Launch, label: str, **constants: 
 
 def _of_dtype(dtype: str) -> list[Compilation]:
     found = []
-    for launch in kernel.LAUNCHES:
-        if not takes(dtype, launch):
-            continue
+    for launch in launches_of(dtype):
         for gated in (False, True):
             label = "gated" if gated else "plain"
             fixed = {**launch.meta, "WHOLE": True, "GATED": gated}

@@ -1,0 +1,1 @@
+"""Attention of one new token over its cache: contiguous, paged, quantised."""

@@ -1,0 +1,1 @@
+"""Attention over whole sequences: forward, backward, packed lengths, windows."""

@@ -1,0 +1,1 @@
+"""Attention of one new token of many sequences that share the beginning of their cache."""
