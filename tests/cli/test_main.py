@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -96,10 +97,17 @@ def test_the_examples_in_the_help_work(
     shutil.copy(FOLDER / "t4.json", tmp_path / "mine.json")
     (tmp_path / "claims.json").write_text(json.dumps([CLAIMS]))
     (tmp_path / "batch.txt").write_text("8192\n1024\n300\n300\n")
-    for number, name in enumerate(("h200", "monday", "tuesday")):
+    found = json.loads((FOLDER / "h100-sxm.json").read_text())
+    (tmp_path / "calibrations" / "h200-sxm.json").write_text(
+        json.dumps(found | {"device": "h200-sxm"})
+    )
+    for number, name in enumerate(("monday", "tuesday")):
         (tmp_path / name).mkdir()
-        line = record_of(trials(3)[number]).line()
-        (tmp_path / name / "records.jsonl").write_text(f"{line}\n")
+        (tmp_path / name / "records.jsonl").write_text(f"{record_of(trials(3)[number]).line()}\n")
+    (tmp_path / "h200").mkdir()
+    records = [record_of(trial) for trial in trials(12)]
+    lines = [replace(r, environment=replace(r.environment, gpu="H200")).line() for r in records]
+    (tmp_path / "h200" / "records.jsonl").write_text("\n".join(lines) + "\n")
     monkeypatch.chdir(tmp_path)
     assert main(shlex.split(example)[1:]) == 0
     out, err = capsys.readouterr()

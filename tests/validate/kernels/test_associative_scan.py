@@ -127,3 +127,14 @@ def test_every_timed_case_is_counted_and_every_binary_has_a_name_of_its_own() ->
         assert len({case.key for case in spec.grid}) == len(spec.grid)
     names = [binary.name for spec in SPECS for binary in spec.compilations()]
     assert len(set(names)) == len(names)
+
+
+def test_long_rows_have_the_truth_of_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Doubling and the closed form of the gradients, against the steps and their autograd."""
+    generator = torch.Generator().manual_seed(3)
+    a, b, dh = (torch.randn(3, 37, generator=generator, dtype=torch.float64) for _ in range(3))
+    truth, truths = reference.by_steps(a, b), reference.gradients(a, b, dh)
+    monkeypatch.setattr(reference, "MOST_STEPS", 5)
+    assert relative_error(reference.scan(a, b), truth) < 1e-12
+    found = reference.gradients(a, b, dh)
+    assert max(relative_error(x, y) for x, y in zip(found, truths, strict=True)) < 1e-12

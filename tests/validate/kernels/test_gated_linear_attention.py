@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.validate.kernels import checking
-from validate.kernels.gated_linear_attention import kernel
+from validate.kernels.gated_linear_attention import kernel, reference
 from validate.kernels.gated_linear_attention.suite import (
     BACKWARD,
     FORWARD,
@@ -109,3 +109,19 @@ def test_every_timed_case_is_counted_and_every_binary_has_a_name_of_its_own() ->
         assert len({case.key for case in spec.grid}) == len(spec.grid)
     names = [binary.name for spec in SPECS for binary in spec.compilations()]
     assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("decay", ["none", "scalar", "channel"])
+def test_gradients_in_stretches_are_those_of_every_state(
+    decay: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(5)
+    shapes = [(1, 23, 2, 4), (1, 23, 2, 4), (1, 23, 2, 3), (1, 23, 2, 3)]
+    q, k, v, do = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
+    sizes = {"none": None, "scalar": (1, 23, 2), "channel": (1, 23, 2, 4)}[decay]
+    g = None if sizes is None else -torch.rand(sizes, generator=generator, dtype=torch.float64)
+    truths = reference.gradients(q, k, v, g, do)
+    monkeypatch.setattr(reference, "MOST_KEPT", 4)
+    found = reference.gradients(q, k, v, g, do)
+    assert len(found) == (3 if g is None else 4)
+    assert max(relative_error(x, y) for x, y in zip(found, truths, strict=True)) < 1e-12
