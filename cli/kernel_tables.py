@@ -21,6 +21,8 @@ _FAMILIES = (
     ("TMA", ("UTMALDG", "UTMASTG", "UTMAREDG", "UBLKCP")),
     ("special", ("MUFU",)),
 )  # fmt: skip
+_HEADS = ("matrix", "async", "TMA", "MUFU")
+"""Their columns: matrix products, asynchronous copies, tensor copies, special functions."""
 
 
 def families(counts: Mapping[str, int]) -> dict[str, int]:
@@ -69,14 +71,14 @@ def show_list(entries: Iterable[Entry]) -> None:
     found = list(entries)
     archs = sorted({e.arch for e in found})
     table = show.table(
-        "kernel", *(f"sm_{a}" for a in archs), "registers", "smem", "spilling",
-        right=(*(f"sm_{a}" for a in archs), "registers", "smem", "spilling"),
+        "kernel", *(f"sm_{a}" for a in archs), "registers", "smem KiB", "spilling",
+        right=(*(f"sm_{a}" for a in archs), "registers", "smem KiB", "spilling"),
     )  # fmt: skip
     for record in list_records(found):
         registers = record["registers"]
         table.add_row(
             record["kernel"], *(str(record["binaries"].get(f"sm_{a}", "-")) for a in archs),
-            f"{registers[0]}-{registers[1]}", capacity_text(record["most_smem_bytes"]),
+            f"{registers[0]}-{registers[1]}", f"{record['most_smem_bytes'] / 1024:.1f}",
             str(record["spilling"]),
         )  # fmt: skip
     show.console().print(table)
@@ -106,18 +108,26 @@ def list_records(entries: Sequence[Entry]) -> list[dict[str, Any]]:
 
 def show_entries(entries: Sequence[Entry]) -> None:
     """The configurations of one kernel, one a line."""
-    right = ("regs", "spill", "smem", "warps", "blocks/SM", *(f for f, _ in _FAMILIES))
-    table = show.table("configuration", *right, right=right)
+    right = ("regs", "spill", "KiB", "blocks", *_HEADS)
+    table = show.table("function, tiles", *right, right=right)
+    before = ""
     for e in entries:
+        function, _, tiles = e.name.rpartition(":")
+        if function != before:
+            table.add_section()
+            table.add_row(function)
+            before = function
         fits = occupancy_at(e.found, e.arch)
         table.add_row(
-            e.name, str(e.found.registers), str(e.found.spill_bytes),
-            capacity_text(e.found.smem_bytes) if e.found.smem_bytes else "0",
-            str(e.found.num_warps), str(fits.blocks),
+            f"  {tiles}", str(e.found.registers), str(e.found.spill_bytes),
+            f"{e.found.smem_bytes / 1024:.1f}", str(fits.blocks),
             *(str(n or "-") for n in families(e.found.code.counts).values()),
         )  # fmt: skip
     show.console().print(table)
-    print("blocks/SM: limited as `--config LABEL` shows; instructions are those of one warp")
+    print(
+        "KiB of shared memory a block; blocks on one SM at a time (why no more: --config LABEL);\n"
+        "wN and sN: warps and stages; instructions are those of one warp"
+    )
 
 
 def show_one(name: str, arch: int, found: Inspection) -> None:

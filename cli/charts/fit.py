@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -30,9 +31,15 @@ def page(report: FitReport, *, data: str) -> str:
         f"<h1>Calibration of {html.escape(calibration.device_id)}</h1><p>{html.escape(head)}</p>",
         *drawn(figures(report)),
         section("Models", "Errors in %; constants with the doubt of each.", _models(report)),
-        section("Left out", "Rows that the fit did not take.", _reasons(report.left_out)),
+        *_left_out(report),
     ]
     return document(f"calibration of {calibration.device_id}", body)
+
+
+def _left_out(report: FitReport) -> list[str]:
+    if not report.left_out:
+        return [section("Left out", "No row: the fit took all of them.", "")]
+    return [section("Left out", "Rows that the fit did not take.", _reasons(report.left_out))]
 
 
 def figures(report: FitReport) -> tuple[go.Figure, go.Figure]:
@@ -51,7 +58,9 @@ def _models(report: FitReport) -> str:
 
 
 def _cells(m: ModelFit) -> tuple[str, ...]:
-    learned = ", ".join(f"{name} {v:.4g} ±{percent(w)} %" for name, (v, w) in m.learned.items())
+    learned = ", ".join(
+        f"{name} {v:.4g} ±{percent(math.expm1(w))} %" for name, (v, w) in m.learned.items()
+    )
     errors = (percent(m.mape), percent(m.bias), percent(m.coverage_90))
     return m.model, f"{m.n:,}", *errors, learned, ", ".join(m.open), ", ".join(m.at_bound)
 

@@ -97,7 +97,7 @@ def test_inspect_shipped(capsys: pytest.CaptureFixture[str]) -> None:
     found = document(capsys, "inspect", "gemm")["binaries"]
     assert [x["name"] for x in found] == sorted(e.name for e in ENTRIES)
     assert all(x["occupancy"]["blocks_per_sm"] >= 1 and x["arch"] == "sm_90" for x in found)
-    assert "blocks/SM" in told(capsys, "inspect", "gemm")
+    assert "blocks on one SM at a time" in told(capsys, "inspect", "gemm")
     one = told(capsys, "inspect", "gemm", "--config", LABELS[2])
     assert "HMMA.16816" in one and "loop 1" in one and "outside loops" in one
     lost = told(capsys, "inspect", "copy", "--arch", "10.0")
