@@ -1,9 +1,9 @@
 """Collectives over several GPUs through torch.distributed, in the layout of the public tables.
 
 `bytes` is the size that nccl-tests states: the total output of an all-gather, the total input of a
-reduce-scatter, one rank's buffer otherwise (../shared/data/README.md). A time is the largest over
-the ranks of each one's median. One process a rank; rank 0 takes trials as lines on stdin, tells the
-others, and answers with lines on stdout. Every collective is checked on numbers before it is timed.
+reduce-scatter, one rank's buffer otherwise. A time is the largest over the ranks of each
+one's median. One process a rank; rank 0 takes trials as lines on stdin, tells the others, and
+answers with lines on stdout. Every collective is checked on numbers before it is timed.
 
     python -m validate.kernels.collectives RANK NUM_RANKS BACKEND FILE     is one rank
 """

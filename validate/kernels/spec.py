@@ -113,7 +113,7 @@ class KernelSpec:
     compilations     every binary that is shipped
     tolerances       per number format, the greatest relative error ||out - ref|| / ||ref||;
                      `errors` may name others per output
-    row              (case) -> (family, op, params) as public tables name it (../shared/data), so
+    row              (case) -> (family, op, params) as public tables name it (`measurement`), so
                      that a record calibrates as a published row does; None where none exists
     source           the paper or the library whose algorithm it is
     """
