@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,24 +35,24 @@ SEARCH_S: Final = 1.0
 """Time of the local search where a solver takes over."""
 
 
-class Answer:
+class Answer(ABC):
     """What all three do with files and words; each says which program, record and chart it has."""
 
+    @abstractmethod
     def program(self) -> tuple[Program, Solution | None]:
         """The program that was solved or stated, with the solver's answer if one was asked."""
-        raise NotImplementedError
 
+    @abstractmethod
     def record(self) -> dict[str, Any]:
         """The JSON document."""
-        raise NotImplementedError
 
     def chart(self) -> tuple[Placement, str]:
         """The placement to draw, and its title."""
-        raise NotImplementedError
+        raise InputError("this answer has no chart; leave --html and --out away")
 
+    @abstractmethod
     def tables(self) -> None:
         """For people."""
-        raise NotImplementedError
 
     def files(self, asked: Asked) -> None:
         """Charts and programs, as far as asked for."""

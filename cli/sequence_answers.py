@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,26 +74,26 @@ class Asked:
         }  # fmt: skip
 
 
-class SequenceAnswer:
+class SequenceAnswer(ABC):
     """What all methods do with files and words; each says what it has."""
 
     method: ClassVar[str]
 
+    @abstractmethod
     def record(self) -> dict[str, Any]:
         """The JSON document."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tables(self) -> None:
         """For people."""
-        raise NotImplementedError
 
+    @abstractmethod
     def explained(self) -> str:
         """A program with its numbers and a solution."""
-        raise NotImplementedError
 
+    @abstractmethod
     def figure(self) -> go.Figure:
         """The chart."""
-        raise NotImplementedError
 
     def write(self, pictures: list[Path]) -> None:
         """The chart as files."""
